@@ -1,0 +1,627 @@
+// Row divergences on the CPU: rows are shared among threads, classes among vector lanes.
+//
+// A row passes through the first-level cache once, in tiles: each tile's exponentials are kept as
+// floats, relative to the largest score seen so far, and the later sweeps read those instead of the
+// logits. Forward and reverse KL take their sums in that first sweep; the other kinds need both
+// log-sum-exps first and take one more. See kdkernels/ops/row_divergence/README.md.
+#include <algorithm>
+#include <string>
+
+#include "common/convert.h"
+#include "common/parallel.h"
+#include "common/registry.h"
+#include "row_divergence/math.h"
+
+namespace KDK_NAMESPACE {
+namespace {
+
+constexpr int64_t kTile = 1024;
+constexpr int64_t kColumnLanes = 16;  // rows moved together where the class axis is strided
+
+// The arguments that do not change from row to row.
+struct Job {
+  Tensor student, teacher, ds, dt;
+  const int64_t* labels;
+  const float *weight, *class_weight;
+  const float* scalars;
+  float kd, ce;  // factors of the two terms, divisors included
+  int kind;
+  int inputs;
+  bool hard;
+  int64_t ignore_index;
+  int64_t classes, inner, rows;
+  double class_weight_sum;
+  int64_t threads;
+
+  bool logits() const { return inputs == 0; }
+  float inverse_ts() const { return logits() ? 1.f / scalars[kTs] : 1.f; }
+  float inverse_tt() const { return logits() ? 1.f / scalars[kTt] : 1.f; }
+  float row_weight(int64_t r) const {
+    if (labels && labels[r] == ignore_index) return 0.f;
+    return weight ? weight[r] : 1.f;
+  }
+  float label_weight(int64_t r) const { return class_weight ? class_weight[labels[r]] : 1.f; }
+};
+
+// One model's scores of a row, classes side by side, and where their gradient goes (null: nowhere).
+struct Scores {
+  const void* x;
+  DType type;
+  void* d;
+  DType d_type;
+
+  const float* tile(int64_t start, int64_t n, float* buffer) const {
+    return load_tile(advance(x, type, start), type, n, buffer);
+  }
+  float* gradient_tile(int64_t start, int64_t n, float* buffer) const {
+    return d ? tile_target(advance(d, d_type, start), d_type, n, buffer) : buffer;
+  }
+  void store(int64_t start, int64_t n, const float* tile) const {
+    if (d) store_tile(advance(d, d_type, start), d_type, n, tile);
+  }
+  void zero(int64_t n) const {
+    if (d) memset(d, 0, static_cast<size_t>(n * size_of(d_type)));
+  }
+};
+
+// A log-sum-exp under way: z = sum of e^(y - ref), ref the largest y so far (0 while all are -inf).
+struct Running {
+  float top = -INFINITY, ref = 0.f;
+  double z = 0.0;
+
+  // Makes room for a tile whose largest score is `t`; returns what earlier sums are multiplied by.
+  float raise(float t) {
+    if (!(t > top)) return 1.f;
+    const float factor = top == -INFINITY ? 0.f : std::exp(ref - t);
+    top = ref = t;
+    z *= factor;
+    return factor;
+  }
+  // What turns exponentials relative to an earlier ref into probabilities.
+  float to_probability(float earlier_top) const {
+    return earlier_top == -INFINITY ? 0.f : static_cast<float>(std::exp(double(earlier_top) - ref) / z);
+  }
+  double log_z() const { return std::log(z); }
+  float lse() const { return top == -INFINITY && z == 0.0 ? -INFINITY : static_cast<float>(ref + std::log(z)); }
+};
+
+float largest(const float* x, int64_t n) {
+  float m = -INFINITY;
+#pragma omp simd reduction(max : m)
+  for (int64_t i = 0; i < n; ++i) m = x[i] > m ? x[i] : m;
+  return m;
+}
+
+float exponentials(const float* x, int64_t n, float scale, float ref, float* e) {
+  float z = 0.f;
+#pragma omp simd reduction(+ : z)
+  for (int64_t i = 0; i < n; ++i) {
+    e[i] = vexp(x[i] * scale - ref);
+    z += e[i];
+  }
+  return z;
+}
+
+// Both models' exponentials, and sum e_p ((y_p - ref_p) - (y_q - ref_q)) for KL(p, q).
+struct TileSums {
+  float zp, zq, cross;
+};
+TileSums kl_tile(const float* p, const float* q, int64_t n, float scale_p, float scale_q, float ref_p,
+                 float ref_q, float* ep, float* eq) {
+  float zp = 0.f, zq = 0.f, cross = 0.f;
+#pragma omp simd reduction(+ : zp, zq, cross)
+  for (int64_t i = 0; i < n; ++i) {
+    const float yp = p[i] * scale_p - ref_p, yq = q[i] * scale_q - ref_q;
+    const float a = vexp(yp), b = vexp(yq);
+    ep[i] = a;
+    eq[i] = b;
+    zp += a;
+    zq += b;
+    cross += a > 0.f ? a * (yp - yq) : 0.f;
+  }
+  return {zp, zq, cross};
+}
+
+template <typename Body>
+void for_tiles(int64_t classes, const Body& body) {
+  for (int64_t start = 0, k = 0; start < classes; start += kTile, ++k)
+    body(k, start, std::min(kTile, classes - start));
+}
+
+// The kinds other than KL, one tile: values and derivatives from log-probabilities.
+struct TermSums {
+  float f, g_s, g_t;
+};
+
+struct TermTile {
+  const float *s, *t;                    // scores
+  float scale_s, scale_t, lse_s, lse_t;  // a = s * scale_s - lse_s
+  bool probabilities;                    // t holds probabilities
+  float p0, p1;
+  float *ps, *pt, *g_s, *g_t;  // out
+};
+
+template <int kKind, bool kProbabilities>
+TermSums terms_tile(const TermTile& x, int64_t n) {
+  const float *s = x.s, *t = x.t;
+  const float scale_s = x.scale_s, scale_t = x.scale_t, lse_s = x.lse_s, lse_t = x.lse_t, p0 = x.p0, p1 = x.p1;
+  float *ps = x.ps, *pt = x.pt, *g_s = x.g_s, *g_t = x.g_t;
+  float f = 0.f, sum_s = 0.f, sum_t = 0.f;
+#pragma omp simd reduction(+ : f, sum_s, sum_t)
+  for (int64_t i = 0; i < n; ++i) {
+    const float a = s[i] * scale_s - lse_s;
+    float b;
+    if constexpr (kProbabilities)
+      b = vlog(t[i] == -INFINITY ? 0.f : t[i]);  // the padding has no mass
+    else
+      b = t[i] * scale_t - lse_t;
+    const float p = vexp(a), q = vexp(b);
+    const Terms v = terms(kKind, a, b, p, q, p0, p1);
+    ps[i] = p;
+    pt[i] = q;
+    g_s[i] = v.g_s;
+    g_t[i] = v.g_t;
+    f += v.f;
+    sum_s += v.g_s;
+    sum_t += v.g_t;
+  }
+  return {f, sum_s, sum_t};
+}
+
+template <int... kKind>
+TermSums dispatch_terms(int kind, const TermTile& x, int64_t n, std::integer_sequence<int, kKind...>) {
+  using Tile = TermSums (*)(const TermTile&, int64_t);
+  static constexpr Tile logs[] = {terms_tile<kKind, false>...};
+  static constexpr Tile probabilities[] = {terms_tile<kKind, true>...};
+  return (x.probabilities ? probabilities : logs)[kind](x, n);
+}
+
+TermSums terms_of(int kind, const TermTile& x, int64_t n) {
+  return dispatch_terms(kind, x, n, std::make_integer_sequence<int, kKinds>{});
+}
+
+// out = x * (g - p * sum)
+void project(const float* g, const float* p, int64_t n, float x, float sum, float* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = x * (g[i] - p[i] * sum);
+}
+
+float dot(const float* x, const float* g, int64_t n) {
+  float sum = 0.f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += g[i] != 0.f ? x[i] * g[i] : 0.f;
+  return sum;
+}
+
+Scratch& thread_scratch() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
+// One row: its two models, its hard-label term, and the memory it is worked on in.
+class RowKernel {
+ public:
+  RowKernel(const Job& job, const Scores& student, const Scores& teacher, int64_t r, float* memory)
+      : job_(job), r_(r), weight_(job.row_weight(r)) {
+    const int64_t full = padded(job.classes), tiles = (job.classes + kTile - 1) / kTile;
+    float* at = memory;
+    auto take = [&](int64_t n) { return at += padded(n), at - padded(n); };
+    for (float*& b : buffer_) b = take(kTile);
+    student_ = {student, job.inverse_ts(), take(full), take(tiles), {}};
+    teacher_ = {teacher, job.inverse_tt(), take(full), take(tiles), {}};
+    hard_ = student_;
+    hard_.scale = 1.f;
+    if (job.hard && job.scalars[kTs] != 1.f) hard_.e = take(full), hard_.top = take(tiles);
+    g_s_ = take(full);
+    g_t_ = take(full);
+  }
+  static int64_t memory(int64_t classes) {
+    return kBuffers * kTile + 5 * padded(classes) + 3 * padded((classes + kTile - 1) / kTile);
+  }
+
+  // The loss; the gradient where there is a place for it; the statistics that `backward` needs.
+  float forward(float* stats) {
+    std::fill(stats, stats + kStats, 0.f);
+    if (weight_ == 0.f) return zero(), 0.f;
+    kd_ = job_.kd * weight_;
+    ce_ = job_.ce * weight_;
+    const bool fused = job_.logits() && (job_.kind == kForwardKL || job_.kind == kReverseKL);
+    const bool reverse = job_.kind == kReverseKL;
+    double shift = 0.0;
+    if (fused) {
+      shift = reverse ? kl_sums(student_, teacher_, stats) : kl_sums(teacher_, student_, stats);
+      stats[reverse ? kGt : kGs] = -1.f;
+      stats[reverse ? kGs : kGt] = stats[kDiv] + 1.f;
+    } else if (job_.logits()) {
+      exponential_row(student_);
+      exponential_row(teacher_);
+    }
+    if (job_.logits()) stats[kLseS] = student_.run.lse(), stats[kLseT] = teacher_.run.lse();
+    if (!fused) term_sums(stats);
+    if (job_.hard) hard_sums(stats);
+    if (student_.d || teacher_.d) {
+      if (!fused) term_gradients(stats);
+      else if (reverse) kl_gradients(student_, teacher_, shift);
+      else kl_gradients(teacher_, student_, shift);
+    }
+    float loss = kd_ * stats[kDiv];
+    if (job_.hard) loss += ce_ * stats[kCe];
+    return loss;
+  }
+
+  // The gradient from the statistics, times `upstream`; and by the temperatures, if asked.
+  void backward(const float* stats, float upstream, float* by_temperature) {
+    if (by_temperature) by_temperature[0] = by_temperature[1] = 0.f;
+    if (weight_ == 0.f) return zero();
+    kd_ = job_.kd * weight_ * upstream;
+    ce_ = job_.ce * weight_ * upstream;
+    const float cs = kd_ * student_.scale, ct = kd_ * teacher_.scale;
+    double dot_s = 0.0, dot_t = 0.0;
+    for_tiles(job_.classes, [&](int64_t, int64_t start, int64_t n) {
+      const int64_t m = padded(n);
+      const TermTile x = term_tile(stats, start, n, buffer_[4], buffer_[5]);
+      terms_of(job_.kind, x, m);
+      if (student_.d || by_temperature) {
+        float* g = student_.gradient_tile(start, n, buffer_[6]);
+        project(x.g_s, x.ps, m, cs, stats[kGs], g);
+        if (by_temperature) dot_s += dot(x.s, g, n);
+        if (job_.hard && student_.d) {
+          const float p1_share = ce_ * label_share();
+          for (int64_t i = 0; i < n; ++i) g[i] += p1_share * vexp(x.s[i] - stats[kLse1]);
+          subtract_targets(start, n, g);
+        }
+        student_.store(start, n, g);
+      }
+      if (teacher_.d || by_temperature) {
+        float* g = teacher_.gradient_tile(start, n, buffer_[7]);
+        project(x.g_t, x.pt, m, ct, stats[kGt], g);
+        if (by_temperature) dot_t += dot(x.t, g, n);
+        teacher_.store(start, n, g);
+      }
+    });
+    if (by_temperature && job_.logits()) {
+      by_temperature[0] = static_cast<float>(-dot_s) * student_.scale;
+      by_temperature[1] = static_cast<float>(-dot_t) * teacher_.scale;
+    }
+  }
+
+ private:
+  static constexpr int kBuffers = 8;
+
+  struct Side : Scores {
+    float scale = 1.f;    // one over the temperature
+    float* e = nullptr;   // exponentials of the whole row, each tile relative to the top it had seen
+    float* top = nullptr;  // those tops
+    Running run;
+
+    Side() = default;
+    Side(const Scores& scores, float scale_, float* e_, float* top_, Running run_)
+        : Scores(scores), scale(scale_), e(e_), top(top_), run(run_) {}
+  };
+
+  void zero() {
+    student_.zero(job_.classes);
+    teacher_.zero(job_.classes);
+  }
+
+  void exponential_row(Side& x) {
+    for_tiles(job_.classes, [&](int64_t k, int64_t start, int64_t n) {
+      const float* tile = x.tile(start, n, buffer_[0]);
+      const int64_t m = padded(n);
+      x.run.raise(largest(tile, m) * x.scale);
+      x.run.z += exponentials(tile, m, x.scale, x.run.ref, x.e + start);
+      x.top[k] = x.run.top;
+    });
+  }
+
+  // Sweep one of KL(p, q): both log-sum-exps and the divergence, online. Returns log Z_q - log Z_p - D,
+  // which with the scores makes log p - log q - D.
+  double kl_sums(Side& p, Side& q, float* stats) {
+    double cross = 0.0;
+    for_tiles(job_.classes, [&](int64_t k, int64_t start, int64_t n) {
+      const float *xp = p.tile(start, n, buffer_[0]), *xq = q.tile(start, n, buffer_[1]);
+      const int64_t m = padded(n);
+      const double ref_p = p.run.ref, ref_q = q.run.ref, z = p.run.z;
+      const float factor = p.run.raise(largest(xp, m) * p.scale);
+      q.run.raise(largest(xq, m) * q.scale);
+      // The sum so far was relative to the old refs.
+      if (z > 0.0) cross = (cross + z * ((ref_p - p.run.ref) - (ref_q - q.run.ref))) * factor;
+      const TileSums sums =
+          kl_tile(xp, xq, m, p.scale, q.scale, p.run.ref, q.run.ref, p.e + start, q.e + start);
+      p.run.z += sums.zp;
+      q.run.z += sums.zq;
+      cross += sums.cross;
+      p.top[k] = p.run.top;
+      q.top[k] = q.run.top;
+    });
+    const double log_ratio = q.run.log_z() - p.run.log_z(), value = cross / p.run.z + log_ratio;
+    stats[kDiv] = static_cast<float>(value);
+    return log_ratio - value;
+  }
+
+  void kl_gradients(Side& p, Side& q, double shift) {
+    const float cp = kd_ * p.scale, cq = kd_ * q.scale, offset = static_cast<float>(shift);
+    for_tiles(job_.classes, [&](int64_t k, int64_t start, int64_t n) {
+      const int64_t m = padded(n);
+      const float fp = p.run.to_probability(p.top[k]), fq = q.run.to_probability(q.top[k]);
+      const float *ep = p.e + start, *eq = q.e + start;
+      if (q.d) {
+        float* g = q.gradient_tile(start, n, buffer_[2]);
+        const float wp = cq * fp, wq = cq * fq;
+#pragma omp simd
+        for (int64_t i = 0; i < m; ++i) g[i] = wq * eq[i] - wp * ep[i];
+        finish(q, k, start, n, g);
+      }
+      if (p.d) {
+        const float *xp = p.tile(start, n, buffer_[0]), *xq = q.tile(start, n, buffer_[1]);
+        float* g = p.gradient_tile(start, n, buffer_[3]);
+        const float ref_p = p.run.ref, ref_q = q.run.ref, sp = p.scale, sq = q.scale, wp = cp * fp;
+#pragma omp simd
+        for (int64_t i = 0; i < m; ++i) {
+          const float difference = (xp[i] * sp - ref_p) - (xq[i] * sq - ref_q) + offset;
+          g[i] = ep[i] > 0.f ? wp * ep[i] * difference : 0.f;
+        }
+        finish(p, k, start, n, g);
+      }
+    });
+  }
+
+  TermTile term_tile(const float* stats, int64_t start, int64_t n, float* g_s, float* g_t) const {
+    return {student_.tile(start, n, buffer_[0]), teacher_.tile(start, n, buffer_[1]),
+            student_.scale, teacher_.scale, stats[kLseS], stats[kLseT],
+            job_.inputs == 2, job_.scalars[kP0], job_.scalars[kP1],
+            buffer_[2], buffer_[3], g_s, g_t};
+  }
+
+  void term_sums(float* stats) {
+    double f = 0.0, g_s = 0.0, g_t = 0.0;
+    for_tiles(job_.classes, [&](int64_t, int64_t start, int64_t n) {
+      TermTile x = term_tile(stats, start, n, g_s_ + start, g_t_ + start);
+      // The exponentials are relative to stale tops here: keep probabilities for the gradient.
+      x.ps = student_.e + start;
+      x.pt = teacher_.e + start;
+      const TermSums sums = terms_of(job_.kind, x, padded(n));
+      f += sums.f;
+      g_s += sums.g_s;
+      g_t += sums.g_t;
+    });
+    stats[kDiv] = static_cast<float>(f);
+    // Log-probabilities are free variables: no softmax stands behind them to be differentiated.
+    if (job_.logits()) stats[kGs] = static_cast<float>(g_s), stats[kGt] = static_cast<float>(g_t);
+  }
+
+  void term_gradients(const float* stats) {
+    const float cs = kd_ * student_.scale, ct = kd_ * teacher_.scale;
+    for_tiles(job_.classes, [&](int64_t k, int64_t start, int64_t n) {
+      const int64_t m = padded(n);
+      if (student_.d) {
+        float* g = student_.gradient_tile(start, n, buffer_[2]);
+        project(g_s_ + start, student_.e + start, m, cs, stats[kGs], g);
+        finish(student_, k, start, n, g);
+      }
+      if (teacher_.d) {
+        float* g = teacher_.gradient_tile(start, n, buffer_[3]);
+        project(g_t_ + start, teacher_.e + start, m, ct, stats[kGt], g);
+        finish(teacher_, k, start, n, g);
+      }
+    });
+  }
+
+  // How much of the student's softmax the hard-label gradient has.
+  float label_share() const {
+    const double eps = job_.scalars[kSmoothing];
+    return static_cast<float>((1.0 - eps) * job_.label_weight(r_) +
+                              eps / static_cast<double>(job_.classes) * job_.class_weight_sum);
+  }
+
+  void hard_sums(float* stats) {
+    if (hard_.e != student_.e) exponential_row(hard_);
+    else hard_.run = student_.run;
+    const double eps = job_.scalars[kSmoothing], lse = hard_.run.ref + hard_.run.log_z();
+    const double score = load_one(student_.x, student_.type, job_.labels[r_]);
+    double value = (1.0 - eps) * job_.label_weight(r_) * ((hard_.run.ref - score) + hard_.run.log_z());
+    if (eps != 0.0)
+      value += eps / static_cast<double>(job_.classes) * (lse * job_.class_weight_sum - weighted_scores());
+    stats[kLse1] = hard_.run.lse();
+    stats[kCe] = static_cast<float>(value);
+  }
+
+  // sum_v cw_v s_v
+  double weighted_scores() const {
+    double sum = 0.0;
+    for_tiles(job_.classes, [&](int64_t, int64_t start, int64_t n) {
+      const float* s = student_.tile(start, n, buffer_[0]);
+      const float* cw = job_.class_weight ? job_.class_weight + start : nullptr;
+      for (int64_t i = 0; i < n; ++i) sum += cw ? cw[i] * s[i] : s[i];
+    });
+    return sum;
+  }
+
+  void subtract_targets(int64_t start, int64_t n, float* g) const {
+    const float eps = job_.scalars[kSmoothing];
+    if (eps != 0.f) {
+      const float share = ce_ * eps / static_cast<float>(job_.classes);
+      const float* cw = job_.class_weight;
+      for (int64_t i = 0; i < n; ++i) g[i] -= share * (cw ? cw[start + i] : 1.f);
+    }
+    const int64_t y = job_.labels[r_] - start;
+    if (y >= 0 && y < n) g[y] -= ce_ * (1.f - eps) * job_.label_weight(r_);
+  }
+
+  // The hard-label term's part of the student's gradient, and the way to memory.
+  void finish(const Side& x, int64_t k, int64_t start, int64_t n, float* g) const {
+    if (job_.hard && &x == &student_) {
+      const float share = ce_ * label_share() * hard_.run.to_probability(hard_.top[k]);
+      const float* e = hard_.e + start;
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) g[i] += share * e[i];
+      subtract_targets(start, n, g);
+    }
+    x.store(start, n, g);
+  }
+
+  const Job& job_;
+  const int64_t r_;
+  const float weight_;
+  float kd_ = 0.f, ce_ = 0.f;
+  Side student_, teacher_, hard_;  // hard_: the student at temperature 1
+  float *g_s_, *g_t_;
+  float* buffer_[kBuffers];
+};
+
+// ---- rows of a tensor ----
+
+struct Place {
+  void* data;
+  int64_t class_stride;
+};
+
+Place place(const Tensor& x, int64_t r, int64_t inner) {
+  const int64_t at = r / inner * x.stride[0] + r % inner * x.stride[2];
+  return {x ? advance(x.data, x.dtype, at) : nullptr, x.stride[1]};
+}
+
+// Rows first to first + lanes, each to `classes` consecutive floats, and back. The lanes are the
+// inner loop: where the class axis is strided they are usually neighbours in memory.
+void gather(const Tensor& x, int64_t first, int64_t lanes, int64_t inner, int64_t classes, float* rows) {
+  Place lane[kColumnLanes];
+  for (int64_t l = 0; l < lanes; ++l) lane[l] = place(x, first + l, inner);
+  for (int64_t v = 0; v < classes; ++v)
+    for (int64_t l = 0; l < lanes; ++l)
+      rows[l * classes + v] = load_one(lane[l].data, x.dtype, v * lane[l].class_stride);
+}
+
+void scatter(const Tensor& x, int64_t first, int64_t lanes, int64_t inner, int64_t classes, const float* rows) {
+  if (!x) return;
+  Place lane[kColumnLanes];
+  for (int64_t l = 0; l < lanes; ++l) lane[l] = place(x, first + l, inner);
+  for (int64_t v = 0; v < classes; ++v)
+    for (int64_t l = 0; l < lanes; ++l)
+      store_one(lane[l].data, x.dtype, v * lane[l].class_stride, rows[l * classes + v]);
+}
+
+// Calls visit(kernel, r) on every row. Where the class axis is strided, a few neighbouring rows at
+// a time are copied together first: 2 x 16 rows, nothing the size of the tensor.
+template <typename Visit>
+void for_rows(const Job& job, const Visit& visit) {
+  const Tensor& s = job.student;
+  const Tensor& t = job.teacher;
+  const int64_t classes = job.classes, inner = job.inner;
+  auto side = [](const Tensor& x) { return !x || x.stride[1] == 1 || x.shape[1] == 1; };
+  if (side(s) && side(t) && side(job.ds) && side(job.dt)) {
+    parallel_for(job.rows, job.rows * classes, job.threads, [&](int64_t begin, int64_t end) {
+      float* memory = thread_scratch().floats(RowKernel::memory(classes));
+      for (int64_t r = begin; r < end; ++r) {
+        const Scores student{place(s, r, inner).data, s.dtype, place(job.ds, r, inner).data, job.ds.dtype};
+        const Scores teacher{place(t, r, inner).data, t.dtype, place(job.dt, r, inner).data, job.dt.dtype};
+        RowKernel row(job, student, teacher, r, memory);
+        visit(row, r);
+      }
+    });
+    return;
+  }
+  const int64_t groups = (job.rows + kColumnLanes - 1) / kColumnLanes;
+  parallel_for(groups, job.rows * classes, job.threads, [&](int64_t begin, int64_t end) {
+    const int64_t block = kColumnLanes * classes;
+    float* memory = thread_scratch().floats(4 * block + RowKernel::memory(classes));
+    float *bs = memory, *bt = bs + block, *bds = bt + block, *bdt = bds + block;
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t first = group * kColumnLanes, lanes = std::min(kColumnLanes, job.rows - first);
+      gather(s, first, lanes, inner, classes, bs);
+      gather(t, first, lanes, inner, classes, bt);
+      for (int64_t l = 0; l < lanes; ++l) {
+        const int64_t at = l * classes;
+        const Scores student{bs + at, DType::f32, job.ds ? bds + at : nullptr, DType::f32};
+        const Scores teacher{bt + at, DType::f32, job.dt ? bdt + at : nullptr, DType::f32};
+        RowKernel row(job, student, teacher, first + l, memory + 4 * block);
+        visit(row, first + l);
+      }
+      scatter(job.ds, first, lanes, inner, classes, bds);
+      scatter(job.dt, first, lanes, inner, classes, bdt);
+    }
+  });
+}
+
+Job make_job(Tensor student, Tensor teacher, Tensor labels, Tensor weight, Tensor class_weight, Tensor scalars,
+             Tensor ds, Tensor dt, int64_t kind, int64_t inputs, bool hard, int64_t ignore_index, int64_t threads) {
+  Job job{};
+  job.student = student, job.teacher = teacher, job.ds = ds, job.dt = dt;
+  job.labels = labels.as<int64_t>(), job.weight = weight.as<float>();
+  job.class_weight = class_weight.as<float>(), job.scalars = scalars.as<float>();
+  job.kind = static_cast<int>(kind), job.inputs = static_cast<int>(inputs), job.hard = hard;
+  job.ignore_index = ignore_index;
+  job.classes = student.shape[1], job.inner = student.shape[2];
+  job.rows = student.shape[0] * student.shape[2];
+  job.threads = threads;
+  // JSD(beta) at its ends is a KL, and takes the shorter way.
+  if (kind == kJSD && job.scalars[kP0] <= 0.f) job.kind = kForwardKL;
+  if (kind == kJSD && job.scalars[kP0] >= 1.f) job.kind = kReverseKL;
+  for (int64_t r = 0; job.labels && r < job.rows; ++r) {
+    const int64_t y = job.labels[r];
+    if (y != ignore_index && (y < 0 || y >= job.classes))
+      throw std::out_of_range("labels hold " + std::to_string(y) + " at row " + std::to_string(r) +
+                              ", outside 0 to " + std::to_string(job.classes - 1) + " and not ignore_index");
+  }
+  job.class_weight_sum = static_cast<double>(job.classes);
+  if (class_weight) {
+    job.class_weight_sum = 0.0;
+    for (int64_t v = 0; v < job.classes; ++v) job.class_weight_sum += job.class_weight[v];
+  }
+  return job;
+}
+
+void set_factors(Job& job, Tensor divisors) {
+  auto factor = [&](Scalar weight, int which) {
+    const float d = divisors ? divisors.as<float>()[which] : 1.f;
+    return d == 0.f ? 0.f : job.scalars[weight] / d;
+  };
+  job.kd = factor(kKdWeight, 0);
+  job.ce = factor(kCeWeight, 1);
+}
+
+void row_divergence_forward(Tensor student, Tensor teacher, Tensor labels, Tensor weight, Tensor class_weight,
+                            Tensor scalars, Tensor divisors, Tensor losses, Tensor total, Tensor stats, Tensor ds,
+                            Tensor dt, int64_t kind, int64_t inputs, bool hard, int64_t count,
+                            int64_t ignore_index, int64_t threads) {
+  Job job = make_job(student, teacher, labels, weight, class_weight, scalars, ds, dt, kind, inputs, hard,
+                     ignore_index, threads);
+  if (count) {
+    double kd = 0.0, ce = 0.0;
+    for (int64_t r = 0; r < job.rows; ++r) {
+      const double w = job.row_weight(r);
+      kd += w;
+      if (w != 0.0 && (count & 2)) ce += w * job.label_weight(r);
+    }
+    if (count & 1) divisors.as<float>()[0] = static_cast<float>(kd);
+    if (count & 2) divisors.as<float>()[1] = static_cast<float>(ce);
+  }
+  set_factors(job, divisors);
+  float* out = losses.as<float>();
+  for_rows(job, [&](RowKernel& row, int64_t r) { out[r] = row.forward(stats.as<float>() + r * kStats); });
+  if (!total) return;
+  double sum = 0.0;
+  for (int64_t r = 0; r < job.rows; ++r) sum += out[r];
+  *total.as<float>() = static_cast<float>(sum);
+}
+
+void row_divergence_backward(Tensor student, Tensor teacher, Tensor labels, Tensor weight, Tensor class_weight,
+                             Tensor scalars, Tensor divisors, Tensor stats, Tensor upstream, Tensor ds, Tensor dt,
+                             Tensor temperature_grad, int64_t kind, int64_t inputs, bool hard,
+                             int64_t ignore_index, int64_t threads) {
+  Job job = make_job(student, teacher, labels, weight, class_weight, scalars, ds, dt, kind, inputs, hard,
+                     ignore_index, threads);
+  set_factors(job, divisors);
+  const float* up = upstream.as<float>();
+  const bool per_row = upstream.numel() != 1;
+  float* by_temperature = temperature_grad.as<float>();
+  for_rows(job, [&](RowKernel& row, int64_t r) {
+    row.backward(stats.as<float>() + r * kStats, up[per_row ? r : 0],
+                 by_temperature ? by_temperature + 2 * r : nullptr);
+  });
+}
+
+KDK_EXPORT(row_divergence_forward)
+KDK_EXPORT(row_divergence_backward)
+
+}  // namespace
+}  // namespace KDK_NAMESPACE

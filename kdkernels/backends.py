@@ -1,0 +1,155 @@
+"""Which code runs an operation: names, what is available here and why not, and the choice.
+
+A backend is asked for, strongest first, by the `backend=` argument of a call, by
+`use_backend(...)`, or by the environment variable KDKERNELS_BACKEND; "auto" takes the best one
+that the tensors' device and dtype allow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from kdkernels import native
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot run here; the message says why."""
+
+
+_forced: ContextVar[str | None] = ContextVar("kdkernels_backend", default=None)
+_libraries: dict[str, Any] = {}
+
+
+def register_library(name: str, library: Any, device: str = "cpu") -> None:
+    """Adds a native backend under a new name. `library` has `call` and `context`, as NativeLibrary does."""
+    _libraries[name] = library
+    _devices[name] = device
+    unavailable.cache_clear()
+
+
+def library(backend: str) -> Any:
+    """What runs the native entry points of `backend`."""
+    if backend not in _libraries:
+        _libraries[backend] = native.NativeLibrary(backend)
+    return _libraries[backend]
+
+
+_devices = {"cuda": "cuda", "cpu": "cpu"}  # where a native backend's tensors live
+
+
+@functools.cache
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def unavailable(backend: str, device: str) -> str | None:
+    """Why `backend` cannot run on tensors of this device type, or None where it can."""
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed (pip install triton)"
+        if device == "cuda" or (device == "cpu" and _interpreting()):
+            return None
+        return f"triton runs on GPU tensors, and these are on {device!r} (TRITON_INTERPRET=1 interprets it on the CPU)"
+    if backend not in _devices:
+        return f"there is no backend of that name; choose one of {', '.join(('auto', *BACKENDS))}"
+    if device != _devices[backend]:
+        return f"the {backend} backend runs on {_devices[backend]!r} tensors, and these are on {device!r}"
+    if not library(backend):
+        info = native.build_info()
+        reason = info.get("native") or info.get(backend) or f"the extension has no {backend} kernels"
+        return f"the native {backend} kernels are not in this installation: {reason}"
+    if backend == "cuda":
+        if torch.version.hip is not None:
+            return "this is a ROCm build of torch; use triton"
+        if torch.cuda.get_device_capability() < (8, 0):
+            return "the CUDA kernels need compute capability 8.0 or newer"
+    return None
+
+
+def requested() -> str:
+    """The backend asked for by use_backend or the environment, else "auto"."""
+    return _forced.get() or os.environ.get("KDKERNELS_BACKEND") or "auto"
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs every kdkernels operation inside the `with` on one backend.
+
+    Args:
+        name: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Raises:
+        BackendError: at the first operation that the backend cannot run, with the reason.
+        ValueError: for an unknown name.
+    """
+    if name != "auto" and name not in BACKENDS and name not in _libraries:
+        raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(('auto', *BACKENDS))}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@functools.cache
+def _note_fallback(operation: str, backend: str) -> None:
+    warnings.warn(f"{operation} has no {backend} kernel; another backend runs it", stacklevel=4)
+
+
+def order(device: str) -> tuple[str, ...]:
+    """The backends that "auto" tries for tensors of this device type, best first."""
+    return ("cpu", "reference") if device == "cpu" else ("cuda", "triton", "reference")
+
+
+def resolve(
+    operation: str,
+    tensors: tuple[torch.Tensor, ...],
+    backend: str = "auto",
+    supported: tuple[str, ...] = BACKENDS,
+) -> str:
+    """The backend that runs `operation` on these tensors.
+
+    Args:
+        operation: its public name, for messages.
+        tensors: the floating-point inputs, all on one device.
+        backend: the call's own wish.
+        supported: the backends that have this operation.
+
+    Raises:
+        BackendError: the backend asked for cannot run here.
+    """
+    if backend == "auto":
+        backend = requested()
+    device = tensors[0].device.type
+    fused = all(t.dtype in FUSED_DTYPES for t in tensors)
+    if backend != "auto":
+        if backend in BACKENDS and backend not in supported:
+            _note_fallback(operation, backend)
+        else:
+            reason = unavailable(backend, device)
+            if reason is None and not fused and backend != "reference":
+                dtypes = ", ".join(str(t.dtype).removeprefix("torch.") for t in tensors)
+                reason = f"kernels take float32, float16 and bfloat16, and these are {dtypes}; float64 runs on 'reference'"
+            if reason is not None:
+                raise BackendError(f"{operation} cannot run on backend {backend!r}: {reason}")
+            return backend
+    if fused:
+        for candidate in order(device):
+            if candidate in supported and unavailable(candidate, device) is None:
+                return candidate
+    return "reference"

@@ -1,0 +1,139 @@
+"""Argument checks that every loss shares: clear errors before anything is launched.
+
+Only what is known without looking at a GPU's memory is checked: shapes, dtypes, devices, plain
+numbers. Values of CPU tensors are checked too, and with KDKERNELS_DEBUG=1 those of GPU tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+
+from kdkernels.ops.scalars import Number
+
+REDUCTIONS = ("rowmean", "batchmean", "mean", "sum", "none")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _may_read(x: torch.Tensor) -> bool:
+    """Whether values of x can be looked at without a host synchronisation that nobody asked for."""
+    if torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cpu" or os.environ.get("KDKERNELS_DEBUG") == "1"
+
+
+def float_tensor(name: str, x: torch.Tensor) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {_name(x.dtype)}")
+
+
+def scores(student_name: str, student: torch.Tensor, teacher_name: str, teacher: torch.Tensor, dim: int) -> int:
+    """Two floating-point tensors of one shape and device with a class axis; returns that axis, non-negative."""
+    float_tensor(student_name, student)
+    float_tensor(teacher_name, teacher)
+    if student.dim() == 0:
+        raise ValueError(f"{student_name} must have a class axis, got a 0-d tensor")
+    if not -student.dim() <= dim < student.dim():
+        raise IndexError(f"dim must be between {-student.dim()} and {student.dim() - 1}, got {dim}")
+    dim %= student.dim()
+    if student.shape != teacher.shape:
+        what = f"{student_name} has shape {tuple(student.shape)} and {teacher_name} {tuple(teacher.shape)}"
+        if student.dim() == teacher.dim() and student.shape[dim] != teacher.shape[dim]:
+            raise ValueError(f"student and teacher must have the same number of classes: {what}")
+        raise ValueError(f"student and teacher must have the same shape: {what}")
+    if student.device != teacher.device:
+        raise ValueError(
+            f"student and teacher must be on one device: {student_name} is on {student.device}, {teacher_name} on {teacher.device}"
+        )
+    if student.shape[dim] == 0:
+        raise ValueError(f"{student_name} must have at least one class, got shape {tuple(student.shape)}")
+    return dim
+
+
+def number(name: str, value: Number | None, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False,
+           learnable: bool = False) -> None:  # fmt: skip
+    """A finite number, or a tensor with one element, within [low, high] (or above low)."""
+    if value is None:
+        return
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be a number or a tensor with one element, got shape {tuple(value.shape)}")
+        if value.requires_grad and not learnable:
+            raise ValueError(f"{name} gets no gradient here: pass {name}.detach()")
+        if not _may_read(value):
+            return
+    elif not isinstance(value, (int, float)) and not isinstance(value, (torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name} must be a number or a tensor with one element, got {type(value).__name__}")
+    elif torch.compiler.is_compiling():
+        return  # a guard on the value would recompile whenever it is annealed
+    x = float(value)
+    if not math.isfinite(x) or not (low < x if open_low else low <= x) or x > high:
+        if open_low and low == 0 and high == math.inf:
+            raise ValueError(f"{name} must be positive, got {x:g}")
+        bounds = f"{'above' if open_low else 'at least'} {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        raise ValueError(f"{name} must be {'finite' if low == -math.inf else bounds}, got {x:g}")
+
+
+def choice(name: str, value: str, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(map(repr, options))}")
+
+
+def labels_of(
+    labels: torch.Tensor | None, rows: tuple[int, ...], classes: int, ignore_index: int, device: torch.device
+) -> torch.Tensor | None:
+    """Labels of every row, as int64."""
+    if labels is None:
+        return None
+    if not isinstance(labels, torch.Tensor):
+        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must hold class indices (int64), got {_name(labels.dtype)}")
+    if tuple(labels.shape) != rows:
+        raise ValueError(f"labels must have the shape of the scores without the class axis, {rows}; got {tuple(labels.shape)}")
+    if labels.device != device:
+        raise ValueError(f"labels must be on {device} with the scores, got {labels.device}")
+    labels = labels.long()
+    if labels.numel() and _may_read(labels):
+        kept = labels[labels != ignore_index]
+        if kept.numel():
+            low, high = (int(v) for v in kept.aminmax())
+            if low < 0 or high >= classes:
+                bad = low if low < 0 else high
+                raise IndexError(f"labels hold {bad}, outside 0 to {classes - 1} and not ignore_index ({ignore_index})")
+    return labels
+
+
+def per_row(name: str, x: torch.Tensor | None, rows: tuple[int, ...], device: torch.device) -> torch.Tensor | None:
+    """Weights of every row; a boolean mask becomes zeros and ones."""
+    if x is None:
+        return None
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if tuple(x.shape) != rows:
+        raise ValueError(f"{name} must have the shape of the scores without the class axis, {rows}; got {tuple(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on {device} with the scores, got {x.device}")
+    if x.requires_grad:
+        raise ValueError(f"{name} gets no gradient here: pass {name}.detach(), or use reduction='none'")
+    return x
+
+
+def per_class(name: str, x: torch.Tensor | None, classes: int, device: torch.device) -> torch.Tensor | None:
+    if x is None:
+        return None
+    float_tensor(name, x)
+    if tuple(x.shape) != (classes,):
+        raise ValueError(f"{name} must have one value a class, shape ({classes},); got {tuple(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on {device} with the scores, got {x.device}")
+    if x.requires_grad:
+        raise ValueError(f"{name} gets no gradient here: pass {name}.detach()")
+    return x

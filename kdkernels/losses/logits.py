@@ -1,0 +1,192 @@
+"""Losses between the class scores of a student and a teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kdkernels.losses import checks
+from kdkernels.losses.module import LossModule
+from kdkernels.ops.row_divergence.kinds import Inputs, Kind
+from kdkernels.ops.row_divergence.op import row_divergence
+from kdkernels.ops.scalars import Number
+
+
+def _call(
+    operation: str,
+    kind: Kind,
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    *,
+    temperature: Number,
+    teacher_temperature: Number | None,
+    dim: int,
+    reduction: str,
+    weight: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    ignore_index: int,
+    num_items: Number | None,
+    from_log_probs: bool = False,
+    class_weight: torch.Tensor | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """Validates what all logit losses have in common, and runs the operator."""
+    dim = checks.scores("student_logits", student, "teacher_logits", teacher, dim)
+    checks.number("temperature", temperature, low=0, open_low=True, learnable=True)
+    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, learnable=True)
+    checks.number("num_items", num_items, low=0, open_low=True)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    rows, classes = tuple(student.shape[:dim] + student.shape[dim + 1 :]), student.shape[dim]
+    return row_divergence(
+        student,
+        teacher,
+        kind=kind,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        dim=dim,
+        reduction=reduction,
+        weight=checks.per_row("weight", weight, rows, student.device),
+        labels=checks.labels_of(labels, rows, classes, ignore_index, student.device),
+        class_weight=checks.per_class("class_weight", class_weight, classes, student.device),
+        ignore_index=ignore_index,
+        num_items=num_items,
+        inputs=Inputs.LOG_PROBS if from_log_probs else Inputs.LOGITS,
+        operation=operation,
+        **options,
+    )
+
+
+def kl_div(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    *,
+    temperature: Number = 1.0,
+    teacher_temperature: Number | None = None,
+    scale_by_t2: bool = True,
+    dim: int = -1,
+    reduction: str = "rowmean",
+    weight: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    num_items: Number | None = None,
+    from_log_probs: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Forward KL divergence of the student from the teacher, at a temperature.
+
+    T^2 KL(p_t, p_s) with p = softmax(logits / T): knowledge distillation as Hinton, Vinyals and Dean
+    (2015, arXiv:1503.02531) define it.
+
+    Args:
+        student_logits: scores, float16, bfloat16, float32 or float64, (..., V) or with the class axis at `dim`.
+        teacher_logits: the same shape on the same device; the dtype may differ. Gets a gradient if it requires one.
+        temperature: T > 0, a number or a tensor with one element; if that requires grad it gets a gradient.
+        teacher_temperature: the teacher's own T; default: the student's.
+        scale_by_t2: multiply by the square of the student's temperature.
+        dim: the class axis.
+        reduction: "rowmean" divides by the sum of row weights, "batchmean" by student_logits.size(0), "mean" by
+            the number of elements (these two as torch's kl_div), "sum" by nothing; "none" gives one value a row.
+        weight: a weight (or boolean mask) for every row: the shape of the logits without the class axis.
+        labels: integers of that shape; a row where they equal `ignore_index` is left out.
+        ignore_index: the label that leaves a row out.
+        num_items: divides the sum instead of what `reduction` says: the number of items in the whole batch
+            where this call sees a micro-batch of it.
+        from_log_probs: both inputs are log-probabilities, already at their temperature; T enters only as T^2.
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        A float32 scalar (float64 for float64 inputs), or one value a row. If all rows are left out: 0, with zero
+        gradients. A class where the teacher has mass and the student's logit is -inf makes it +inf.
+
+    Raises:
+        ValueError: shapes, class counts or devices that differ, a temperature that is not positive, an unknown
+            reduction.
+        TypeError: integer logits, labels that are not integers.
+        IndexError: a label outside 0..V-1 (on a GPU: NaN in that row, unless KDKERNELS_DEBUG=1).
+        BackendError: the backend asked for cannot run here.
+
+    Against others: Hugging Face examples, torchdistill's and mdistiller's KD are `reduction="batchmean"`; ModelOpt's
+    default is `reduction="mean"`.
+    """
+    return _call(
+        "kl_div", Kind.FORWARD_KL, student_logits, teacher_logits, temperature=temperature,
+        teacher_temperature=teacher_temperature, scale_by_t2=scale_by_t2, dim=dim, reduction=reduction, weight=weight,
+        labels=labels, ignore_index=ignore_index, num_items=num_items, from_log_probs=from_log_probs, backend=backend,
+    )  # fmt: skip
+
+
+def distillation_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: Number = 4.0,
+    alpha: Number = 0.9,
+    *,
+    teacher_temperature: Number | None = None,
+    scale_by_t2: bool = True,
+    label_smoothing: float = 0.0,
+    class_weight: torch.Tensor | None = None,
+    dim: int = -1,
+    reduction: str = "rowmean",
+    weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    num_items: Number | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Cross-entropy with the labels and distillation from the teacher, in one pass over the logits.
+
+    (1 - alpha) CE(z_s, y) + alpha T^2 KL(p_t, p_s): the loss of Hinton, Vinyals and Dean (2015,
+    arXiv:1503.02531). The cross-entropy is at temperature 1.
+
+    Args:
+        student_logits: scores, float16, bfloat16, float32 or float64, (..., V) or with the class axis at `dim`.
+        teacher_logits: the same shape on the same device; the dtype may differ.
+        labels: class indices, the shape of the logits without the class axis.
+        temperature: T > 0 of the distillation term, a number or a tensor with one element; may require grad.
+        alpha: the weight of the distillation term, between 0 and 1, a number or a tensor with one element.
+        teacher_temperature: the teacher's own T; default: the student's.
+        scale_by_t2: multiply the distillation term by the square of the student's temperature.
+        label_smoothing: as in torch's cross_entropy, between 0 and 1.
+        class_weight: a weight for every class in the cross-entropy, (V,).
+        dim: the class axis.
+        reduction: "rowmean" averages each term over its own weights: the distillation over the row weights, the
+            cross-entropy over row weight times class weight of the label, as torch does. "mean" is that for the
+            cross-entropy and the mean over all elements for the distillation; "batchmean" divides both by
+            student_logits.size(0), "sum" by nothing; "none" gives one value a row.
+        weight: a weight (or boolean mask) for every row, for both terms.
+        ignore_index: rows with this label are left out of both terms.
+        num_items: divides both sums instead of what `reduction` says.
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        A float32 scalar (float64 for float64 inputs), or one value a row.
+
+    Raises:
+        ValueError, TypeError, IndexError, BackendError: as kl_div; ValueError also for alpha or
+            label_smoothing outside 0 to 1.
+
+    Against others: torchdistill's alpha weighs the cross-entropy (pass 1 - alpha).
+    """
+    checks.number("alpha", alpha, low=0, high=1)
+    checks.number("label_smoothing", label_smoothing, low=0, high=1)
+    if labels is None:
+        raise TypeError("labels must be a tensor; without labels use kl_div")
+    return _call(
+        "distillation_loss", Kind.FORWARD_KL, student_logits, teacher_logits, temperature=temperature,
+        teacher_temperature=teacher_temperature, scale_by_t2=scale_by_t2, dim=dim, reduction=reduction, weight=weight,
+        labels=labels, ignore_index=ignore_index, num_items=num_items, class_weight=class_weight,
+        label_smoothing=label_smoothing, kd_weight=alpha, ce_weight=1 - alpha, backend=backend,
+    )  # fmt: skip
+
+
+class KLDivLoss(LossModule):
+    """`kl_div` as a module: KLDivLoss(temperature=4.0)(student_logits, teacher_logits)."""
+
+    function = staticmethod(kl_div)
+
+
+class DistillationLoss(LossModule):
+    """`distillation_loss` as a module: DistillationLoss()(student_logits, teacher_logits, labels, 4.0, 0.9)."""
+
+    function = staticmethod(distillation_loss)

@@ -1,0 +1,1 @@
+"""The kernel families: one folder each, with reference, kernels, operator and mathematics."""

@@ -1,0 +1,335 @@
+"""The row_divergence operators, their autograd, and the choice of backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kdkernels import backends
+from kdkernels.native import View
+from kdkernels.ops import layout
+from kdkernels.ops.library import define, first_order, graph_is_kept
+from kdkernels.ops.row_divergence import native, reference
+from kdkernels.ops.row_divergence.kinds import DIVERGENCE, KD_WEIGHT, STATS, TEACHER_TEMPERATURE, TEMPERATURE, Inputs, Kind
+from kdkernels.ops.scalars import Number, pack
+from kdkernels.ops.scale.op import scaled
+
+COUNT_KD, COUNT_CE = 1, 2  # which divisors a kernel counts from labels and weights
+
+
+def _kernels(backend: str) -> Any:
+    """(forward, backward) of a backend, with one argument list for all."""
+    if backend == "triton":
+        from kdkernels.ops.row_divergence import triton
+
+        return triton.forward, triton.backward
+    return (lambda *a: native.forward(backend, *a)), (lambda *a: native.backward(backend, *a))
+
+
+def _views(student: torch.Tensor, teacher: torch.Tensor, dim: int) -> tuple[View, View, int]:
+    if student.dim() == 2 and dim == 1:
+        k = 1
+    else:
+        k = layout.split_point((student, teacher), dim)
+    return layout.as_rows(student, dim, k), layout.as_rows(teacher, dim, k), k
+
+
+def _rows(x: torch.Tensor, dim: int) -> int:
+    return x.numel() // x.shape[dim]
+
+
+# A float32 (rows + 1, STATS) tensor: a row's statistics each, then the two divisors.
+def _forward(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    labels: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    class_weight: torch.Tensor | None,
+    scalars: torch.Tensor,
+    divisors: torch.Tensor | None,
+    kind: int,
+    inputs: int,
+    hard: bool,
+    count: int,
+    ignore_index: int,
+    dim: int,
+    want_student: bool,
+    want_teacher: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows = _rows(student, dim)
+    options = {"dtype": torch.float32, "device": student.device}
+    total, losses, saved = torch.empty((), **options), torch.empty(rows, **options), torch.empty(rows + 1, STATS, **options)
+    ds = torch.empty_like(student) if want_student else student.new_empty(0)
+    dt = torch.empty_like(teacher) if want_teacher else teacher.new_empty(0)
+    used = None
+    if divisors is not None or count:
+        used = saved[rows, :2]
+        used.fill_(1.0) if divisors is None else used.copy_(divisors)
+    s, t, k = _views(student, teacher, dim)
+    _kernels(backend)[0](
+        s, t, labels, weight, class_weight, scalars, used, losses, View(total, (1,), (1,)), View(saved, (rows, STATS), (STATS, 1)),
+        layout.as_rows(ds, dim, k) if want_student else None,
+        layout.as_rows(dt, dim, k) if want_teacher else None,
+        kind, inputs, int(hard), count, ignore_index,
+    )  # fmt: skip
+    return total, losses, saved, ds, dt
+
+
+def _forward_fake(student, teacher, labels, weight, class_weight, scalars, divisors, kind, inputs, hard, count,
+                  ignore_index, dim, want_student, want_teacher, backend):  # fmt: skip
+    rows = _rows(student, dim)
+    options = {"dtype": torch.float32, "device": student.device}
+    return (
+        torch.empty((), **options),
+        torch.empty(rows, **options),
+        torch.empty(rows + 1, STATS, **options),
+        torch.empty_like(student) if want_student else student.new_empty(0),
+        torch.empty_like(teacher) if want_teacher else teacher.new_empty(0),
+    )
+
+
+def _backward(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    labels: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    class_weight: torch.Tensor | None,
+    scalars: torch.Tensor,
+    saved: torch.Tensor,
+    upstream: torch.Tensor,
+    kind: int,
+    inputs: int,
+    hard: bool,
+    divided: bool,
+    ignore_index: int,
+    dim: int,
+    want_student: bool,
+    want_teacher: bool,
+    want_temperature: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows = _rows(student, dim)
+    ds = torch.empty_like(student) if want_student else student.new_empty(0)
+    dt = torch.empty_like(teacher) if want_teacher else teacher.new_empty(0)
+    d_temperature = saved.new_empty(rows if want_temperature else 0, 2)
+    s, t, k = _views(student, teacher, dim)
+    _kernels(backend)[1](
+        s, t, labels, weight, class_weight, scalars, saved[rows, :2] if divided else None,
+        View(saved, (rows, STATS), (STATS, 1)), upstream.reshape(-1).contiguous().float(),
+        layout.as_rows(ds, dim, k) if want_student else None,
+        layout.as_rows(dt, dim, k) if want_teacher else None,
+        d_temperature if want_temperature else None,
+        kind, inputs, int(hard), ignore_index,
+    )  # fmt: skip
+    return ds, dt, d_temperature
+
+
+def _backward_fake(student, teacher, labels, weight, class_weight, scalars, saved, upstream, kind, inputs, hard,
+                   divided, ignore_index, dim, want_student, want_teacher, want_temperature, backend):  # fmt: skip
+    return (
+        torch.empty_like(student) if want_student else student.new_empty(0),
+        torch.empty_like(teacher) if want_teacher else teacher.new_empty(0),
+        saved.new_empty(_rows(student, dim) if want_temperature else 0, 2),
+    )
+
+
+define(
+    "row_divergence_forward(Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, Tensor? class_weight, "
+    "Tensor scalars, Tensor? divisors, int kind, int inputs, bool hard, int count, int ignore_index, int dim, "
+    "bool want_student, bool want_teacher, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+define(
+    "row_divergence_backward(Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, Tensor? class_weight, "
+    "Tensor scalars, Tensor saved, Tensor upstream, int kind, int inputs, bool hard, bool divided, int ignore_index, "
+    "int dim, bool want_student, bool want_teacher, bool want_temperature, str backend) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class RowDivergence(torch.autograd.Function):
+    """Loss and gradient in one pass where that is safe, else statistics now and the gradient later.
+
+    A gradient is stored before its upstream scale is known only in float32 and bfloat16: in float16
+    it would underflow (1/N times a probability difference), so there, for one loss a row, and for a
+    learnable temperature, the backward reads the logits again.
+    """
+
+    @staticmethod
+    def forward(ctx, student, teacher, temperature, teacher_temperature, labels, weight, class_weight, scalars, divisors,
+                options):  # fmt: skip
+        kind, inputs, hard, count, ignore_index, dim, per_row, scale_by_t2, backend = options
+        want_s, want_t, *want_temperatures = ctx.needs_input_grad[:4]
+        stored = (
+            (want_s or want_t)
+            and not per_row
+            and not any(want_temperatures)
+            and torch.float16 not in (student.dtype, teacher.dtype)
+        )
+        total, losses, saved, ds, dt = torch.ops.kdkernels.row_divergence_forward(
+            student, teacher, labels, weight, class_weight, scalars, divisors, kind, inputs, hard, count,
+            ignore_index, dim, stored and want_s, stored and want_t, backend,
+        )  # fmt: skip
+        ctx.stored, ctx.backend = stored, backend
+        if stored:
+            ctx.save_for_backward(ds, dt)
+        elif any(ctx.needs_input_grad[:4]):
+            ctx.save_for_backward(student, teacher, labels, weight, class_weight, scalars, saved)
+            ctx.options = kind, inputs, hard, count != 0 or divisors is not None, ignore_index, dim
+            ctx.scale_by_t2 = scale_by_t2
+            ctx.shared_temperature = teacher_temperature is None
+        if per_row:
+            return losses.view(student.shape[:dim] + student.shape[dim + 1 :])
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream):
+        want_s, want_t, want_ts, want_tt = ctx.needs_input_grad[:4]
+        d_ts = d_tt = None
+        if ctx.stored:
+            ds, dt = ctx.saved_tensors
+            wanted = (ds, dt) if want_s and want_t else (ds,) if want_s else (dt,)
+            wanted = scaled(wanted, upstream, ctx.backend, keep=graph_is_kept())
+            ds, dt = wanted[0] if want_s else None, wanted[-1] if want_t else None
+        else:
+            student, teacher, labels, weight, class_weight, scalars, saved = ctx.saved_tensors
+            with torch.no_grad():
+                ds, dt, rows = torch.ops.kdkernels.row_divergence_backward(
+                    student, teacher, labels, weight, class_weight, scalars, saved, upstream,
+                    *ctx.options, want_s, want_t, want_ts or want_tt, ctx.backend,
+                )  # fmt: skip
+                ds, dt = ds if want_s else None, dt if want_t else None
+                if want_ts or want_tt:
+                    d_ts, d_tt = _temperature_gradients(ctx, rows, saved, scalars, weight, upstream)
+                    d_ts, d_tt = d_ts if want_ts else None, d_tt if want_tt else None
+        grads = first_order("row_divergence", upstream, (ds, dt, d_ts, d_tt))
+        return (*grads, None, None, None, None, None, None)
+
+
+def _temperature_gradients(ctx, rows, saved, scalars, weight, upstream):
+    """From -(sum s ds)/T a row, and the T^2 factor's own term."""
+    scalars = scalars.to(rows.device)
+    stats, divisors = saved[:-1], saved[-1, :2]
+    d_ts, d_tt = rows.sum(0)
+    if ctx.shared_temperature:
+        d_ts = d_ts + d_tt
+    if ctx.scale_by_t2:
+        value = stats[:, DIVERGENCE] * upstream.reshape(-1).float()
+        if weight is not None:
+            value = value * weight.reshape(-1).where(stats[:, DIVERGENCE] != 0, 0.0)
+        kd = value.sum() * scalars[KD_WEIGHT]
+        if ctx.options[3]:
+            kd = kd / divisors[0].where(divisors[0] != 0, 1.0)
+        d_ts = d_ts + 2.0 * kd / scalars[TEMPERATURE]
+    return d_ts, d_tt
+
+
+def row_divergence(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    *,
+    kind: Kind = Kind.FORWARD_KL,
+    temperature: Number = 1.0,
+    teacher_temperature: Number | None = None,
+    kd_weight: Number = 1.0,
+    ce_weight: Number | None = None,
+    scale_by_t2: bool = True,
+    dim: int = -1,
+    reduction: str = "rowmean",
+    labels: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    class_weight: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    num_items: Number | None = None,
+    inputs: Inputs = Inputs.LOGITS,
+    p0: Number = 0.0,
+    p1: Number = 0.0,
+    backend: str = "auto",
+    operation: str = "row_divergence",
+) -> torch.Tensor:
+    """kd_weight * T^2 * divergence + ce_weight * cross-entropy over rows of scores.
+
+    The arguments are those of the public losses (kdkernels.losses.logits), already validated there;
+    beyond them:
+
+    Args:
+        kind: which divergence; p0 and p1 are its parameters.
+        kd_weight, ce_weight: factors of the two terms; ce_weight None leaves the hard-label term out,
+            and labels then only mask rows.
+        inputs: what the score tensors hold.
+        operation: the public name, for messages.
+    """
+    backend = backends.resolve(operation, (student, teacher), backend)
+    if backend == "reference":
+        return reference.row_divergence(
+            student, teacher, kind=kind, temperature=temperature, teacher_temperature=teacher_temperature,
+            kd_weight=kd_weight, ce_weight=ce_weight, scale_by_t2=scale_by_t2, dim=dim, reduction=reduction,
+            labels=labels, weight=weight, class_weight=class_weight, label_smoothing=label_smoothing,
+            ignore_index=ignore_index, num_items=num_items, inputs=inputs, p0=p0, p1=p1,
+        )  # fmt: skip
+    dim %= student.dim()
+    hard = ce_weight is not None
+    kd_divisor, ce_divisor, count, divisors = _divisors(student, dim, reduction, labels, weight, hard, num_items)
+    kd_factor = _value(kd_weight) / kd_divisor
+    if scale_by_t2:
+        kd_factor = kd_factor * _value(temperature) ** 2
+    scalars = pack((
+        temperature,
+        temperature if teacher_temperature is None else teacher_temperature,
+        kd_factor,
+        0.0 if ce_weight is None else _value(ce_weight) / ce_divisor,
+        label_smoothing,
+        p0,
+        p1,
+        0.0,
+    ))  # fmt: skip
+    return RowDivergence.apply(
+        student, teacher, _learnable(temperature), _learnable(teacher_temperature),
+        _flat(labels, torch.int64), _flat(weight, torch.float32), _flat(class_weight, torch.float32), scalars, divisors,
+        (int(kind), int(inputs), hard, count, ignore_index, dim, reduction == "none", scale_by_t2, backend),
+    )  # fmt: skip
+
+
+def _value(x: Number) -> Number:
+    return x.detach() if isinstance(x, torch.Tensor) else x
+
+
+def _learnable(x: Number | None) -> torch.Tensor | None:
+    return x if isinstance(x, torch.Tensor) and x.requires_grad else None
+
+
+def _flat(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return None if x is None else x.detach().reshape(-1).to(dtype)
+
+
+def _divisors(
+    student: torch.Tensor,
+    dim: int,
+    reduction: str,
+    labels: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    hard: bool,
+    num_items: Number | None,
+) -> tuple[float, float, int, torch.Tensor | None]:
+    """What the two terms are divided by: numbers known here, what a kernel must count, or a tensor."""
+    if reduction == "none":
+        return 1.0, 1.0, 0, None
+    if isinstance(num_items, torch.Tensor):
+        return 1.0, 1.0, 0, num_items.detach().to(student.device, torch.float32).reshape(1).expand(2)
+    if num_items is not None:
+        return num_items, num_items, 0, None
+    if reduction == "sum":
+        return 1.0, 1.0, 0, None
+    if reduction == "batchmean":
+        return max(student.shape[0], 1), max(student.shape[0], 1), 0, None
+    count = COUNT_CE if hard else 0
+    if reduction == "mean":
+        return max(student.numel(), 1), 1.0, count, None
+    if labels is None and weight is None:
+        return max(_rows(student, dim), 1), 1.0, count, None
+    return 1.0, 1.0, count | COUNT_KD, None

@@ -1,0 +1,1 @@
+"""Multiplying a stored gradient by its upstream gradient, in place."""

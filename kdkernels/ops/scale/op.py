@@ -1,0 +1,45 @@
+"""The operator kdkernels::scale_."""
+
+from __future__ import annotations
+
+import torch
+
+from kdkernels import backends
+from kdkernels.ops.library import define
+
+
+def _scale(x: torch.Tensor, factor: torch.Tensor, backend: str) -> None:
+    if x.numel() == 0:
+        return
+    factor = factor.to(torch.float32)
+    # A stored gradient is dense, in whatever order its axes lie.
+    flat = x.as_strided((x.numel(),), (1,))
+    if backend == "triton":
+        from kdkernels.ops.scale import triton
+
+        triton.scale_in_place(flat, factor)
+    else:
+        library = backends.library(backend)
+        library.call("scale_in_place", flat, factor.reshape(1), *library.context(x))
+
+
+def _fake(x: torch.Tensor, factor: torch.Tensor, backend: str) -> None:
+    return None
+
+
+define("scale_(Tensor(a!) x, Tensor factor, str backend) -> ()", _scale, _fake)
+
+
+def scaled(grads: tuple[torch.Tensor, ...], factor: torch.Tensor, backend: str, keep: bool) -> tuple[torch.Tensor, ...]:
+    """Dense gradients times a 0-d factor that stays on its device.
+
+    In place, and without touching them where the factor is 1, unless `keep` says that they will be
+    needed again as they are.
+    """
+    if factor.device.type == "cpu" and not torch.compiler.is_compiling() and factor.item() == 1:
+        return grads  # the usual case, and on a CPU it can be looked at
+    if keep:
+        grads = tuple(g.clone() for g in grads)
+    for g in grads:
+        torch.ops.kdkernels.scale_(g, factor, backend)
+    return grads
