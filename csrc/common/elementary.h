@@ -40,32 +40,42 @@ KDK_HD int32_t float_to_bits(float f) {
   return i;
 }
 
-// 2^r - 1 = r * q(r) on |r| <= 1/2, minimax, relative error below 6e-8 with the rounding of float.
+// 2^r for |r| <= 1/2, minimax with relative error 2e-9 before rounding.
 KDK_HD float exp2_fraction(float r) {
-  float q = 1.5353362e-4f;
-  q = q * r + 1.3398874e-3f;
-  q = q * r + 9.6184373e-3f;
-  q = q * r + 5.5503324e-2f;
-  q = q * r + 2.4022648e-1f;
-  q = q * r + 6.9314720e-1f;
-  return q * r;
+  float q = 1.5353359914e-4f;
+  q = q * r + 1.3398874540e-3f;
+  q = q * r + 9.6184373667e-3f;
+  q = q * r + 5.5503324707e-2f;
+  q = q * r + 2.4022647914e-1f;
+  q = q * r + 6.9314720286e-1f;
+  return q * r + 1.f;
+}
+
+constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+
+// 2^x for x <= 0: what a softmax needs, with nothing spent on overflow. 0 below -126.
+KDK_HD float vexp2_nonpositive(float x) {
+  const float y = x < -126.f ? -126.f : x;  // NaN stays
+  const float n = std::rint(y);
+  const int32_t p = float_to_bits(exp2_fraction(y - n));
+  // Unsigned, for a NaN converts to a number whose shift leaves nothing.
+  const uint32_t scale = static_cast<uint32_t>(static_cast<int32_t>(n)) << 23;
+  return x < -126.f ? 0.f : bits_to_float(static_cast<int32_t>(static_cast<uint32_t>(p) + scale));
 }
 
 KDK_HD float vexp(float x) {
-  constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
   // The clamp keeps the exponent arithmetic in range; NaN passes through both selects.
   float y = x < -88.f ? -88.f : x;
   y = y > 88.72284f ? 88.72284f : y;
-  const float shifted = y * 1.44269504f + kMagic;
-  const float n = shifted - kMagic;
+  const float shifted = y * kLog2E + kRound;
+  const float n = shifted - kRound;
   // ln 2 in two parts, so that the remainder is exact to float.
-  const float r = ((y - n * 0.693359375f) + n * 2.12194440e-4f) * 1.44269504f;
-  const float p = exp2_fraction(r);
+  const float p = exp2_fraction(((y - n * 0.693359375f) + n * 2.12194440e-4f) * kLog2E);
   // n reaches 128: scale in two steps so that neither factor overflows.
-  const int32_t i = float_to_bits(shifted) - float_to_bits(kMagic);
+  const int32_t i = float_to_bits(shifted) - float_to_bits(kRound);
   const int32_t half = i >> 1;
-  const float a = bits_to_float((half + 127) << 23), b = bits_to_float((i - half + 127) << 23);
-  const float e = (p + 1.f) * a * b;
+  const float e = p * bits_to_float((half + 127) << 23) * bits_to_float((i - half + 127) << 23);
   const float low = x < -87.33654f ? 0.f : e;
   return x > 88.72283f ? INFINITY : low;
 }
@@ -97,7 +107,19 @@ KDK_HD float vlog(float x) {
   return x >= 0.f ? out : x * 0.f / 0.f;  // negative or NaN
 }
 
-KDK_HD float vexpm1(float x) { return std::expm1(x); }
+// e^x - 1: (2^r - 1) scaled and corrected, so that small x keeps its relative accuracy.
+KDK_HD float vexpm1(float x) {
+  const float big = vexp(x) - 1.f;
+  float s = 1.f / 40320.f;  // Taylor on |x| <= 1/2
+  s = s * x + 1.f / 5040.f;
+  s = s * x + 1.f / 720.f;
+  s = s * x + 1.f / 120.f;
+  s = s * x + 1.f / 24.f;
+  s = s * x + 1.f / 6.f;
+  s = s * x + 0.5f;
+  const float small = x + x * x * s;
+  return fabsf(x) <= 0.5f ? small : big;
+}
 
 #endif
 

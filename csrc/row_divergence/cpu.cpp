@@ -64,25 +64,28 @@ struct Scores {
   }
 };
 
-// A log-sum-exp under way: z = sum of e^(y - ref), ref the largest y so far (0 while all are -inf).
+// A log-sum-exp under way: z = sum of 2^((x - ref) c), c = log2(e) / T, where ref is the largest
+// score so far (0 while all are -inf). The difference is taken before the scaling, so that a
+// constant added to a row changes nothing.
 struct Running {
+  float c = kLog2E;
   float top = -INFINITY, ref = 0.f;
   double z = 0.0;
 
   // Makes room for a tile whose largest score is `t`; returns what earlier sums are multiplied by.
   float raise(float t) {
     if (!(t > top)) return 1.f;
-    const float factor = top == -INFINITY ? 0.f : std::exp(ref - t);
+    const float factor = top == -INFINITY ? 0.f : std::exp2((ref - t) * c);
     top = ref = t;
     z *= factor;
     return factor;
   }
-  // What turns exponentials relative to an earlier ref into probabilities.
+  // What turns exponentials relative to an earlier top into probabilities.
   float to_probability(float earlier_top) const {
-    return earlier_top == -INFINITY ? 0.f : static_cast<float>(std::exp(double(earlier_top) - ref) / z);
+    if (earlier_top == top) return static_cast<float>(1.0 / z);
+    return earlier_top == -INFINITY ? 0.f : static_cast<float>(std::exp2((earlier_top - ref) * c) / z);
   }
   double log_z() const { return std::log(z); }
-  float lse() const { return top == -INFINITY && z == 0.0 ? -INFINITY : static_cast<float>(ref + std::log(z)); }
 };
 
 float largest(const float* x, int64_t n) {
@@ -92,27 +95,29 @@ float largest(const float* x, int64_t n) {
   return m;
 }
 
-float exponentials(const float* x, int64_t n, float scale, float ref, float* e) {
+float exponentials(const float* x, int64_t n, const Running& run, float* e) {
+  const float ref = run.ref, c = run.c;
   float z = 0.f;
 #pragma omp simd reduction(+ : z)
   for (int64_t i = 0; i < n; ++i) {
-    e[i] = vexp(x[i] * scale - ref);
+    e[i] = vexp2_nonpositive((x[i] - ref) * c);
     z += e[i];
   }
   return z;
 }
 
-// Both models' exponentials, and sum e_p ((y_p - ref_p) - (y_q - ref_q)) for KL(p, q).
+// Both models' exponentials, and sum e_p (log2 e_p - log2 e_q) for KL(p, q).
 struct TileSums {
   float zp, zq, cross;
 };
-TileSums kl_tile(const float* p, const float* q, int64_t n, float scale_p, float scale_q, float ref_p,
-                 float ref_q, float* ep, float* eq) {
+TileSums kl_tile(const float* p, const float* q, int64_t n, const Running& run_p, const Running& run_q, float* ep,
+                 float* eq) {
+  const float ref_p = run_p.ref, ref_q = run_q.ref, cp = run_p.c, cq = run_q.c;
   float zp = 0.f, zq = 0.f, cross = 0.f;
 #pragma omp simd reduction(+ : zp, zq, cross)
   for (int64_t i = 0; i < n; ++i) {
-    const float yp = p[i] * scale_p - ref_p, yq = q[i] * scale_q - ref_q;
-    const float a = vexp(yp), b = vexp(yq);
+    const float yp = (p[i] - ref_p) * cp, yq = (q[i] - ref_q) * cq;
+    const float a = vexp2_nonpositive(yp), b = vexp2_nonpositive(yq);
     ep[i] = a;
     eq[i] = b;
     zp += a;
@@ -207,10 +212,9 @@ class RowKernel {
     float* at = memory;
     auto take = [&](int64_t n) { return at += padded(n), at - padded(n); };
     for (float*& b : buffer_) b = take(kTile);
-    student_ = {student, job.inverse_ts(), take(full), take(tiles), {}};
-    teacher_ = {teacher, job.inverse_tt(), take(full), take(tiles), {}};
-    hard_ = student_;
-    hard_.scale = 1.f;
+    student_ = {student, job.inverse_ts(), take(full), take(tiles)};
+    teacher_ = {teacher, job.inverse_tt(), take(full), take(tiles)};
+    hard_ = {student, 1.f, student_.e, student_.top};
     if (job.hard && job.scalars[kTs] != 1.f) hard_.e = take(full), hard_.top = take(tiles);
     g_s_ = take(full);
     g_t_ = take(full);
@@ -219,12 +223,17 @@ class RowKernel {
     return kBuffers * kTile + 5 * padded(classes) + 3 * padded((classes + kTile - 1) / kTile);
   }
 
-  // The loss; the gradient where there is a place for it; the statistics that `backward` needs.
-  float forward(float* stats) {
+  // The loss, and the statistics that other backends' backward needs; the gradient, times `upstream`,
+  // where there is a place for it; its products with the scores, by which temperatures learn.
+  // A backward pass is this again: nothing is gained by remembering log-sum-exps, which float32
+  // would round, where the scores must be read twice anyway.
+  float run(float* stats, float upstream, float* by_temperature) {
     std::fill(stats, stats + kStats, 0.f);
+    if (by_temperature) by_temperature[0] = by_temperature[1] = 0.f;
     if (weight_ == 0.f) return zero(), 0.f;
-    kd_ = job_.kd * weight_;
-    ce_ = job_.ce * weight_;
+    kd_ = job_.kd * weight_ * upstream;
+    ce_ = job_.ce * weight_ * upstream;
+    learn_temperature_ = by_temperature && job_.logits();
     const bool fused = job_.logits() && (job_.kind == kForwardKL || job_.kind == kReverseKL);
     const bool reverse = job_.kind == kReverseKL;
     double shift = 0.0;
@@ -236,67 +245,39 @@ class RowKernel {
       exponential_row(student_);
       exponential_row(teacher_);
     }
-    if (job_.logits()) stats[kLseS] = student_.run.lse(), stats[kLseT] = teacher_.run.lse();
+    if (job_.logits()) stats[kLseS] = student_.lse(), stats[kLseT] = teacher_.lse();
     if (!fused) term_sums(stats);
     if (job_.hard) hard_sums(stats);
-    if (student_.d || teacher_.d) {
+    if (student_.d || teacher_.d || learn_temperature_) {
       if (!fused) term_gradients(stats);
       else if (reverse) kl_gradients(student_, teacher_, shift);
       else kl_gradients(teacher_, student_, shift);
+    }
+    if (learn_temperature_) {
+      by_temperature[0] = static_cast<float>(-student_.dot) * student_.scale;
+      by_temperature[1] = static_cast<float>(-teacher_.dot) * teacher_.scale;
     }
     float loss = kd_ * stats[kDiv];
     if (job_.hard) loss += ce_ * stats[kCe];
     return loss;
   }
 
-  // The gradient from the statistics, times `upstream`; and by the temperatures, if asked.
-  void backward(const float* stats, float upstream, float* by_temperature) {
-    if (by_temperature) by_temperature[0] = by_temperature[1] = 0.f;
-    if (weight_ == 0.f) return zero();
-    kd_ = job_.kd * weight_ * upstream;
-    ce_ = job_.ce * weight_ * upstream;
-    const float cs = kd_ * student_.scale, ct = kd_ * teacher_.scale;
-    double dot_s = 0.0, dot_t = 0.0;
-    for_tiles(job_.classes, [&](int64_t, int64_t start, int64_t n) {
-      const int64_t m = padded(n);
-      const TermTile x = term_tile(stats, start, n, buffer_[4], buffer_[5]);
-      terms_of(job_.kind, x, m);
-      if (student_.d || by_temperature) {
-        float* g = student_.gradient_tile(start, n, buffer_[6]);
-        project(x.g_s, x.ps, m, cs, stats[kGs], g);
-        if (by_temperature) dot_s += dot(x.s, g, n);
-        if (job_.hard && student_.d) {
-          const float p1_share = ce_ * label_share();
-          for (int64_t i = 0; i < n; ++i) g[i] += p1_share * vexp(x.s[i] - stats[kLse1]);
-          subtract_targets(start, n, g);
-        }
-        student_.store(start, n, g);
-      }
-      if (teacher_.d || by_temperature) {
-        float* g = teacher_.gradient_tile(start, n, buffer_[7]);
-        project(x.g_t, x.pt, m, ct, stats[kGt], g);
-        if (by_temperature) dot_t += dot(x.t, g, n);
-        teacher_.store(start, n, g);
-      }
-    });
-    if (by_temperature && job_.logits()) {
-      by_temperature[0] = static_cast<float>(-dot_s) * student_.scale;
-      by_temperature[1] = static_cast<float>(-dot_t) * teacher_.scale;
-    }
-  }
-
  private:
-  static constexpr int kBuffers = 8;
+  static constexpr int kBuffers = 5;
 
   struct Side : Scores {
     float scale = 1.f;    // one over the temperature
     float* e = nullptr;   // exponentials of the whole row, each tile relative to the top it had seen
     float* top = nullptr;  // those tops
     Running run;
+    double dot = 0.0;  // of the scores with the divergence's gradient
 
     Side() = default;
-    Side(const Scores& scores, float scale_, float* e_, float* top_, Running run_)
-        : Scores(scores), scale(scale_), e(e_), top(top_), run(run_) {}
+    Side(const Scores& scores, float scale_, float* e_, float* top_)
+        : Scores(scores), scale(scale_), e(e_), top(top_) {
+      run.c = kLog2E * scale;
+    }
+    float lse() const { return static_cast<float>(static_cast<double>(run.ref) * scale + run.log_z()); }
   };
 
   void zero() {
@@ -308,8 +289,8 @@ class RowKernel {
     for_tiles(job_.classes, [&](int64_t k, int64_t start, int64_t n) {
       const float* tile = x.tile(start, n, buffer_[0]);
       const int64_t m = padded(n);
-      x.run.raise(largest(tile, m) * x.scale);
-      x.run.z += exponentials(tile, m, x.scale, x.run.ref, x.e + start);
+      x.run.raise(largest(tile, m));
+      x.run.z += exponentials(tile, m, x.run, x.e + start);
       x.top[k] = x.run.top;
     });
   }
@@ -322,19 +303,19 @@ class RowKernel {
       const float *xp = p.tile(start, n, buffer_[0]), *xq = q.tile(start, n, buffer_[1]);
       const int64_t m = padded(n);
       const double ref_p = p.run.ref, ref_q = q.run.ref, z = p.run.z;
-      const float factor = p.run.raise(largest(xp, m) * p.scale);
-      q.run.raise(largest(xq, m) * q.scale);
+      const float factor = p.run.raise(largest(xp, m));
+      q.run.raise(largest(xq, m));
       // The sum so far was relative to the old refs.
-      if (z > 0.0) cross = (cross + z * ((ref_p - p.run.ref) - (ref_q - q.run.ref))) * factor;
-      const TileSums sums =
-          kl_tile(xp, xq, m, p.scale, q.scale, p.run.ref, q.run.ref, p.e + start, q.e + start);
+      if (z > 0.0)
+        cross = (cross + z * ((ref_p - p.run.ref) * p.run.c - (ref_q - q.run.ref) * q.run.c)) * factor;
+      const TileSums sums = kl_tile(xp, xq, m, p.run, q.run, p.e + start, q.e + start);
       p.run.z += sums.zp;
       q.run.z += sums.zq;
       cross += sums.cross;
       p.top[k] = p.run.top;
       q.top[k] = q.run.top;
     });
-    const double log_ratio = q.run.log_z() - p.run.log_z(), value = cross / p.run.z + log_ratio;
+    const double log_ratio = q.run.log_z() - p.run.log_z(), value = cross / p.run.z * kLn2 + log_ratio;
     stats[kDiv] = static_cast<float>(value);
     return log_ratio - value;
   }
@@ -345,20 +326,20 @@ class RowKernel {
       const int64_t m = padded(n);
       const float fp = p.run.to_probability(p.top[k]), fq = q.run.to_probability(q.top[k]);
       const float *ep = p.e + start, *eq = q.e + start;
-      if (q.d) {
+      if (q.d || learn_temperature_) {
         float* g = q.gradient_tile(start, n, buffer_[2]);
         const float wp = cq * fp, wq = cq * fq;
 #pragma omp simd
         for (int64_t i = 0; i < m; ++i) g[i] = wq * eq[i] - wp * ep[i];
         finish(q, k, start, n, g);
       }
-      if (p.d) {
+      if (p.d || learn_temperature_) {
         const float *xp = p.tile(start, n, buffer_[0]), *xq = q.tile(start, n, buffer_[1]);
         float* g = p.gradient_tile(start, n, buffer_[3]);
         const float ref_p = p.run.ref, ref_q = q.run.ref, sp = p.scale, sq = q.scale, wp = cp * fp;
 #pragma omp simd
         for (int64_t i = 0; i < m; ++i) {
-          const float difference = (xp[i] * sp - ref_p) - (xq[i] * sq - ref_q) + offset;
+          const float difference = (xp[i] - ref_p) * sp - (xq[i] - ref_q) * sq + offset;
           g[i] = ep[i] > 0.f ? wp * ep[i] * difference : 0.f;
         }
         finish(p, k, start, n, g);
@@ -366,20 +347,14 @@ class RowKernel {
     });
   }
 
-  TermTile term_tile(const float* stats, int64_t start, int64_t n, float* g_s, float* g_t) const {
-    return {student_.tile(start, n, buffer_[0]), teacher_.tile(start, n, buffer_[1]),
-            student_.scale, teacher_.scale, stats[kLseS], stats[kLseT],
-            job_.inputs == 2, job_.scalars[kP0], job_.scalars[kP1],
-            buffer_[2], buffer_[3], g_s, g_t};
-  }
-
   void term_sums(float* stats) {
     double f = 0.0, g_s = 0.0, g_t = 0.0;
     for_tiles(job_.classes, [&](int64_t, int64_t start, int64_t n) {
-      TermTile x = term_tile(stats, start, n, g_s_ + start, g_t_ + start);
-      // The exponentials are relative to stale tops here: keep probabilities for the gradient.
-      x.ps = student_.e + start;
-      x.pt = teacher_.e + start;
+      // Probabilities take the place of the exponentials, whose tops are stale.
+      const TermTile x{student_.tile(start, n, buffer_[0]), teacher_.tile(start, n, buffer_[1]),
+                       student_.scale, teacher_.scale, stats[kLseS], stats[kLseT],
+                       job_.inputs == 2, job_.scalars[kP0], job_.scalars[kP1],
+                       student_.e + start, teacher_.e + start, g_s_ + start, g_t_ + start};
       const TermSums sums = terms_of(job_.kind, x, padded(n));
       f += sums.f;
       g_s += sums.g_s;
@@ -394,12 +369,12 @@ class RowKernel {
     const float cs = kd_ * student_.scale, ct = kd_ * teacher_.scale;
     for_tiles(job_.classes, [&](int64_t k, int64_t start, int64_t n) {
       const int64_t m = padded(n);
-      if (student_.d) {
+      if (student_.d || learn_temperature_) {
         float* g = student_.gradient_tile(start, n, buffer_[2]);
         project(g_s_ + start, student_.e + start, m, cs, stats[kGs], g);
         finish(student_, k, start, n, g);
       }
-      if (teacher_.d) {
+      if (teacher_.d || learn_temperature_) {
         float* g = teacher_.gradient_tile(start, n, buffer_[3]);
         project(g_t_ + start, teacher_.e + start, m, ct, stats[kGt], g);
         finish(teacher_, k, start, n, g);
@@ -422,7 +397,7 @@ class RowKernel {
     double value = (1.0 - eps) * job_.label_weight(r_) * ((hard_.run.ref - score) + hard_.run.log_z());
     if (eps != 0.0)
       value += eps / static_cast<double>(job_.classes) * (lse * job_.class_weight_sum - weighted_scores());
-    stats[kLse1] = hard_.run.lse();
+    stats[kLse1] = hard_.lse();
     stats[kCe] = static_cast<float>(value);
   }
 
@@ -448,8 +423,10 @@ class RowKernel {
     if (y >= 0 && y < n) g[y] -= ce_ * (1.f - eps) * job_.label_weight(r_);
   }
 
-  // The hard-label term's part of the student's gradient, and the way to memory.
-  void finish(const Side& x, int64_t k, int64_t start, int64_t n, float* g) const {
+  // A tile of the divergence's gradient: what the temperature learns from it, the hard-label term's
+  // part of the student's, and the way to memory.
+  void finish(Side& x, int64_t k, int64_t start, int64_t n, float* g) {
+    if (learn_temperature_) x.dot += dot(x.tile(start, n, buffer_[4]), g, n);
     if (job_.hard && &x == &student_) {
       const float share = ce_ * label_share() * hard_.run.to_probability(hard_.top[k]);
       const float* e = hard_.e + start;
@@ -464,6 +441,7 @@ class RowKernel {
   const int64_t r_;
   const float weight_;
   float kd_ = 0.f, ce_ = 0.f;
+  bool learn_temperature_ = false;
   Side student_, teacher_, hard_;  // hard_: the student at temperature 1
   float *g_s_, *g_t_;
   float* buffer_[kBuffers];
@@ -597,7 +575,7 @@ void row_divergence_forward(Tensor student, Tensor teacher, Tensor labels, Tenso
   }
   set_factors(job, divisors);
   float* out = losses.as<float>();
-  for_rows(job, [&](RowKernel& row, int64_t r) { out[r] = row.forward(stats.as<float>() + r * kStats); });
+  for_rows(job, [&](RowKernel& row, int64_t r) { out[r] = row.run(stats.as<float>() + r * kStats, 1.f, nullptr); });
   if (!total) return;
   double sum = 0.0;
   for (int64_t r = 0; r < job.rows; ++r) sum += out[r];
@@ -605,7 +583,7 @@ void row_divergence_forward(Tensor student, Tensor teacher, Tensor labels, Tenso
 }
 
 void row_divergence_backward(Tensor student, Tensor teacher, Tensor labels, Tensor weight, Tensor class_weight,
-                             Tensor scalars, Tensor divisors, Tensor stats, Tensor upstream, Tensor ds, Tensor dt,
+                             Tensor scalars, Tensor divisors, Tensor, Tensor upstream, Tensor ds, Tensor dt,
                              Tensor temperature_grad, int64_t kind, int64_t inputs, bool hard,
                              int64_t ignore_index, int64_t threads) {
   Job job = make_job(student, teacher, labels, weight, class_weight, scalars, ds, dt, kind, inputs, hard,
@@ -615,8 +593,8 @@ void row_divergence_backward(Tensor student, Tensor teacher, Tensor labels, Tens
   const bool per_row = upstream.numel() != 1;
   float* by_temperature = temperature_grad.as<float>();
   for_rows(job, [&](RowKernel& row, int64_t r) {
-    row.backward(stats.as<float>() + r * kStats, up[per_row ? r : 0],
-                 by_temperature ? by_temperature + 2 * r : nullptr);
+    float stats[kStats];
+    row.run(stats, up[per_row ? r : 0], by_temperature ? by_temperature + 2 * r : nullptr);
   });
 }
 

@@ -31,9 +31,9 @@ struct Terms {
   float f, g_s, g_t;
 };
 
-// x * y where x is a probability: no mass, no contribution, also against an infinite y. A NaN in
-// x makes its row's sums NaN through the log-sum-exp, so it may be dropped here.
-KDK_HD float times(float x, float y) { return x > 0.f ? x * y : 0.f; }
+// x * y where x is a probability: no mass, no contribution, also against an infinite y. Probabilities
+// that users give may be NaN or negative: those must be seen.
+KDK_HD float times(float x, float y) { return x == 0.f ? 0.f : x * y; }
 
 KDK_HD Terms swapped(Terms x) { return {x.f, x.g_t, x.g_s}; }
 
@@ -43,18 +43,21 @@ KDK_HD Terms forward_kl(float a, float b, float ps, float pt) {
   return {f, -pt, f + pt};
 }
 
-// log(w e^a + (1 - w) e^b) - max(a, b), which no underflow of e^a or e^b can spoil. a != -b = inf.
+// The selects below are written so that a compiler can turn every divergence into straight-line
+// code: nothing returns early, and what is computed for an empty class is thrown away.
+
+// log(w e^a + (1 - w) e^b), which no underflow of e^a or e^b can spoil; 0 where both are -inf.
 KDK_HD float log_mix(float a, float b, float w) {
+  const float hi = a > b ? a : b;  // fmaxf would be a call: it must look at NaNs
   const float e = vexp(-fabsf(a - b));
-  return vlog(a > b ? w + (1.f - w) * e : (1.f - w) + w * e);
+  const float m = hi + vlog(a > b ? w + (1.f - w) * e : (1.f - w) + w * e);
+  return hi > -INFINITY ? m : 0.f;
 }
 
 // KL of the teacher from a mixture in which it has the given share.
 KDK_HD Terms skew_kl(float a, float b, float ps, float pt, float share) {
   (void)ps;
-  const float hi = fmaxf(a, b);
-  if (!(hi > -INFINITY)) return {0.f, 0.f, 0.f};
-  const float m = hi + log_mix(b, a, share);
+  const float m = log_mix(b, a, share);
   const float f = times(pt, b - m);
   const float r = pt > 0.f ? (1.f - share) * vexp(a - m) : 0.f;  // the student's part of the mixture
   return {f, -pt * r, f + pt * r};
@@ -63,9 +66,7 @@ KDK_HD Terms skew_kl(float a, float b, float ps, float pt, float share) {
 KDK_HD Terms jsd(float a, float b, float ps, float pt, float beta) {
   if (beta <= 0.f) return forward_kl(a, b, ps, pt);
   if (beta >= 1.f) return swapped(forward_kl(b, a, pt, ps));
-  const float hi = fmaxf(a, b);
-  if (!(hi > -INFINITY)) return {0.f, 0.f, 0.f};
-  const float m = hi + log_mix(b, a, beta);
+  const float m = log_mix(b, a, beta);
   const float g_s = (1.f - beta) * times(ps, a - m), g_t = beta * times(pt, b - m);
   return {g_s + g_t, g_s, g_t};
 }
@@ -95,41 +96,47 @@ KDK_HD float phi(float x) { return fabsf(x) < 1e-6f ? 1.f + 0.5f * x : vexpm1(x)
 // The second divided difference of exp over three nodes: what alpha-beta's formula is once its
 // divisions by alpha, beta and alpha + beta are carried out, so that no limit is a special case.
 KDK_HD float exp_divided_difference(float x, float y, float z) {
-  const float lo = fminf(x, fminf(y, z)), hi = fmaxf(x, fmaxf(y, z));
-  const float mid = fmaxf(fminf(x, y), fminf(fmaxf(x, y), z));
+  const float low_xy = x < y ? x : y, high_xy = x < y ? y : x;
+  const float lo = low_xy < z ? low_xy : z, hi = high_xy > z ? high_xy : z;
+  const float inner = high_xy < z ? high_xy : z, mid = low_xy > inner ? low_xy : inner;
   const float v = mid - lo, w = hi - lo;
-  if (w > 1.f) return (vexp(mid) * phi(hi - mid) - vexp(lo) * phi(v)) / w;
-  // sum_n h_n(v, w) / (n + 2)!, h_n = v h_(n-1) + w^n
+  const float far = (vexp(mid) * phi(hi - mid) - vexp(lo) * phi(v)) / w;
+  // Close together: sum_n h_n(v, w) / (n + 2)!, h_n = v h_(n-1) + w^n.
   float h = 1.f, power = 1.f, inverse_factorial = 0.5f, sum = 0.5f;
+#pragma GCC unroll 9
   for (int n = 1; n <= 9; ++n) {
     power *= w;
     h = v * h + power;
     inverse_factorial /= static_cast<float>(n + 2);
     sum += h * inverse_factorial;
   }
-  return vexp(lo) * sum;
+  return w > 1.f ? far : vexp(lo) * sum;
 }
 
 // Cichocki, Cruces and Amari (2011), with P the teacher and Q the student.
 KDK_HD Terms alpha_beta(float a, float b, float alpha, float beta) {
-  const float u = b - a, sum = alpha + beta;
-  if (fabsf(u) < INFINITY) {
-    return {u * u * exp_divided_difference(sum * a, alpha * b + beta * a, sum * b),
-            -vexp(sum * a) * u * phi(alpha * u), vexp(sum * b) * u * phi(-beta * u)};
-  }
-  if (!(fmaxf(a, b) > -INFINITY)) return {0.f, 0.f, 0.f};
-  // One side has no mass. Where the limit is finite (alpha, beta > 0) the cross term is gone.
-  const float es = vexp(sum * a), et = vexp(sum * b);
-  if (alpha > 0.f && beta > 0.f)
-    return {et / (beta * sum) + es / (alpha * sum), es / alpha, et / beta};
-  const bool student_empty = a < b;
-  // beta = 0 leaves Q's own mass, alpha = 0 leaves P's; everything else diverges.
-  if (beta == 0.f && alpha > 0.f && !student_empty) return {es / (alpha * alpha), es / alpha, 0.f};
-  if (alpha == 0.f && beta > 0.f && student_empty) return {et / (beta * beta), 0.f, et / beta};
-  return {INFINITY, student_empty ? 0.f : es, student_empty ? et : 0.f};
+  const float sum = alpha + beta, u = b - a;
+  const bool both = a > -INFINITY && b > -INFINITY;
+  const float x = both ? a : 0.f, y = both ? b : 0.f, d = both ? u : 0.f;
+  const float f = d * d * exp_divided_difference(sum * x, alpha * y + beta * x, sum * y);
+  const float g_s = -vexp(sum * x) * d * phi(alpha * d), g_t = vexp(sum * y) * d * phi(-beta * d);
+  // One side or both without mass. With alpha, beta > 0 the cross term is gone; beta = 0 leaves the
+  // student's own mass and alpha = 0 the teacher's; anything else diverges. (Both: all terms are 0.)
+  const float es = b > a || !(a > -INFINITY) ? 0.f : vexp(sum * a);
+  const float et = a > b || !(b > -INFINITY) ? 0.f : vexp(sum * b);
+  const bool none = !(a > -INFINITY) && !(b > -INFINITY);
+  const bool keeps_s = alpha > 0.f && (beta > 0.f || (beta == 0.f && !(et > 0.f)));
+  const bool keeps_t = beta > 0.f && (alpha > 0.f || (alpha == 0.f && !(es > 0.f)));
+  const float edge_s = keeps_s ? es / (alpha * sum) : 0.f, edge_t = keeps_t ? et / (beta * sum) : 0.f;
+  const float edge = keeps_s || keeps_t ? edge_s + edge_t : INFINITY;
+  const float edge_gs = keeps_s ? es / alpha : 0.f, edge_gt = keeps_t ? et / beta : 0.f;
+  // NaN takes the ordinary branch, where it stays.
+  const bool ordinary = !(a == -INFINITY || b == -INFINITY);
+  const float nan = ordinary ? u - u : 0.f;
+  return {ordinary ? f + nan : none ? 0.f : edge, ordinary ? g_s + nan : edge_gs, ordinary ? g_t + nan : edge_gt};
 }
 
-KDK_HD Terms terms(int kind, float a, float b, float ps, float pt, float p0, float p1) {
+KDK_HD Terms finite_terms(int kind, float a, float b, float ps, float pt, float p0, float p1) {
   switch (kind) {
     case kForwardKL: return forward_kl(a, b, ps, pt);
     case kReverseKL: return swapped(forward_kl(b, a, pt, ps));
@@ -141,6 +148,14 @@ KDK_HD Terms terms(int kind, float a, float b, float ps, float pt, float p0, flo
     case kSoftCE: return soft_ce(a, pt);
     default: return symmetric_kl(a, b, ps, pt, p0);
   }
+}
+
+// One class's share. A NaN score is seen even where the other side has no mass: log-probabilities
+// do not pass through a log-sum-exp that would carry it.
+KDK_HD Terms terms(int kind, float a, float b, float ps, float pt, float p0, float p1) {
+  Terms x = finite_terms(kind, a, b, ps, pt, p0, p1);
+  x.f = a == a ? x.f : a;
+  return x;
 }
 
 }  // namespace KDK_NAMESPACE
