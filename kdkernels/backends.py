@@ -29,6 +29,7 @@ class BackendError(RuntimeError):
 
 
 _forced: ContextVar[str | None] = ContextVar("kdkernels_backend", default=None)
+_forced_while_tracing: str | None = None  # the same: Dynamo reads and guards a global, and no ContextVar
 _libraries: dict[str, Any] = {}
 
 
@@ -83,7 +84,8 @@ def unavailable(backend: str, device: str) -> str | None:
 
 def requested() -> str:
     """The backend asked for by use_backend or the environment, else "auto"."""
-    return _forced.get() or os.environ.get("KDKERNELS_BACKEND") or "auto"
+    forced = _forced_while_tracing if torch.compiler.is_compiling() else _forced.get()
+    return forced or os.environ.get("KDKERNELS_BACKEND") or "auto"
 
 
 @contextlib.contextmanager
@@ -99,11 +101,14 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name != "auto" and name not in BACKENDS and name not in _libraries:
         raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(('auto', *BACKENDS))}")
-    token = _forced.set(name)
+    global _forced_while_tracing
+    token, before = _forced.set(name), _forced_while_tracing
+    _forced_while_tracing = name
     try:
         yield
     finally:
         _forced.reset(token)
+        _forced_while_tracing = before
 
 
 @functools.cache

@@ -35,6 +35,17 @@ def _views(student: torch.Tensor, teacher: torch.Tensor, dim: int) -> tuple[View
     return layout.as_rows(student, dim, k), layout.as_rows(teacher, dim, k), k
 
 
+def _outputs(grads: tuple[torch.Tensor | None, ...], dim: int, k: int) -> tuple[View | None, ...]:
+    return tuple(None if x is None else layout.as_rows(x, dim, k) for x in grads)
+
+
+def _collect(grads: tuple[torch.Tensor | None, ...], views: tuple[View | None, ...]) -> None:
+    """Brings gradients home that could only be written as rows in a copy."""
+    for x, view in zip(grads, views, strict=True):
+        if x is not None and view is not None and view.tensor is not x:
+            x.copy_(view.tensor)
+
+
 def _rows(x: torch.Tensor, dim: int) -> int:
     return x.numel() // x.shape[dim]
 
@@ -68,12 +79,14 @@ def _forward(
         used = saved[rows, :2]
         used.fill_(1.0) if divisors is None else used.copy_(divisors)
     s, t, k = _views(student, teacher, dim)
+    grads = (ds if want_student else None, dt if want_teacher else None)
+    outputs = _outputs(grads, dim, k)
     _kernels(backend)[0](
         s, t, labels, weight, class_weight, scalars, used, losses, View(total, (1,), (1,)), View(saved, (rows, STATS), (STATS, 1)),
-        layout.as_rows(ds, dim, k) if want_student else None,
-        layout.as_rows(dt, dim, k) if want_teacher else None,
+        *outputs,
         kind, inputs, int(hard), count, ignore_index,
     )  # fmt: skip
+    _collect(grads, outputs)
     return total, losses, saved, ds, dt
 
 
@@ -115,14 +128,16 @@ def _backward(
     dt = torch.empty_like(teacher) if want_teacher else teacher.new_empty(0)
     d_temperature = saved.new_empty(rows if want_temperature else 0, 2)
     s, t, k = _views(student, teacher, dim)
+    grads = (ds if want_student else None, dt if want_teacher else None)
+    outputs = _outputs(grads, dim, k)
     _kernels(backend)[1](
         s, t, labels, weight, class_weight, scalars, saved[rows, :2] if divided else None,
         View(saved, (rows, STATS), (STATS, 1)), upstream.reshape(-1).contiguous().float(),
-        layout.as_rows(ds, dim, k) if want_student else None,
-        layout.as_rows(dt, dim, k) if want_teacher else None,
+        *outputs,
         d_temperature if want_temperature else None,
         kind, inputs, int(hard), ignore_index,
     )  # fmt: skip
+    _collect(grads, outputs)
     return ds, dt, d_temperature
 
 
@@ -135,14 +150,14 @@ def _backward_fake(student, teacher, labels, weight, class_weight, scalars, save
     )
 
 
-define(
+forward_op = define(
     "row_divergence_forward(Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, Tensor? class_weight, "
     "Tensor scalars, Tensor? divisors, int kind, int inputs, bool hard, int count, int ignore_index, int dim, "
     "bool want_student, bool want_teacher, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
-define(
+backward_op = define(
     "row_divergence_backward(Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, Tensor? class_weight, "
     "Tensor scalars, Tensor saved, Tensor upstream, int kind, int inputs, bool hard, bool divided, int ignore_index, "
     "int dim, bool want_student, bool want_teacher, bool want_temperature, str backend) -> (Tensor, Tensor, Tensor)",
@@ -170,35 +185,34 @@ class RowDivergence(torch.autograd.Function):
             and not any(want_temperatures)
             and torch.float16 not in (student.dtype, teacher.dtype)
         )
-        total, losses, saved, ds, dt = torch.ops.kdkernels.row_divergence_forward(
+        total, losses, saved, ds, dt = forward_op(
             student, teacher, labels, weight, class_weight, scalars, divisors, kind, inputs, hard, count,
             ignore_index, dim, stored and want_s, stored and want_t, backend,
         )  # fmt: skip
         ctx.stored, ctx.backend = stored, backend
+        output = losses.view(student.shape[:dim] + student.shape[dim + 1 :]) if per_row else total
         if stored:
-            ctx.save_for_backward(ds, dt)
+            ctx.save_for_backward(output, ds, dt)
         elif any(ctx.needs_input_grad[:4]):
-            ctx.save_for_backward(student, teacher, labels, weight, class_weight, scalars, saved)
+            ctx.save_for_backward(output, student, teacher, labels, weight, class_weight, scalars, saved)
             ctx.options = kind, inputs, hard, count != 0 or divisors is not None, ignore_index, dim
             ctx.scale_by_t2 = scale_by_t2
             ctx.shared_temperature = teacher_temperature is None
-        if per_row:
-            return losses.view(student.shape[:dim] + student.shape[dim + 1 :])
-        return total
+        return output
 
     @staticmethod
     def backward(ctx, upstream):
         want_s, want_t, want_ts, want_tt = ctx.needs_input_grad[:4]
         d_ts = d_tt = None
         if ctx.stored:
-            ds, dt = ctx.saved_tensors
+            output, ds, dt = ctx.saved_tensors
             wanted = (ds, dt) if want_s and want_t else (ds,) if want_s else (dt,)
             wanted = scaled(wanted, upstream, ctx.backend, keep=graph_is_kept())
             ds, dt = wanted[0] if want_s else None, wanted[-1] if want_t else None
         else:
-            student, teacher, labels, weight, class_weight, scalars, saved = ctx.saved_tensors
+            output, student, teacher, labels, weight, class_weight, scalars, saved = ctx.saved_tensors
             with torch.no_grad():
-                ds, dt, rows = torch.ops.kdkernels.row_divergence_backward(
+                ds, dt, rows = backward_op(
                     student, teacher, labels, weight, class_weight, scalars, saved, upstream,
                     *ctx.options, want_s, want_t, want_ts or want_tt, ctx.backend,
                 )  # fmt: skip
@@ -206,7 +220,7 @@ class RowDivergence(torch.autograd.Function):
                 if want_ts or want_tt:
                     d_ts, d_tt = _temperature_gradients(ctx, rows, saved, scalars, weight, upstream)
                     d_ts, d_tt = d_ts if want_ts else None, d_tt if want_tt else None
-        grads = first_order("row_divergence", upstream, (ds, dt, d_ts, d_tt))
+        grads = first_order("row_divergence", output, (ds, dt, d_ts, d_tt))
         return (*grads, None, None, None, None, None, None)
 
 

@@ -16,7 +16,7 @@ from kdkernels.ops.row_divergence.kinds import Inputs, Kind
 
 def _xdiff(p: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """p * (x - y), and 0 where p is 0 whatever x and y are."""
-    mass = p != 0  # NaN counts as mass, so that it is seen
+    mass = (p != 0) | x.isnan() | y.isnan()  # a NaN is seen wherever it is
     return p * (x.where(mass, 0.0) - y.where(mass, 0.0))
 
 
