@@ -102,12 +102,11 @@ def labels_of(
         raise ValueError(f"labels must be on {device} with the scores, got {labels.device}")
     labels = labels.long()
     if labels.numel() and _may_read(labels):
-        kept = labels[labels != ignore_index]
-        if kept.numel():
-            low, high = (int(v) for v in kept.aminmax())
-            if low < 0 or high >= classes:
-                bad = low if low < 0 else high
-                raise IndexError(f"labels hold {bad}, outside 0 to {classes - 1} and not ignore_index ({ignore_index})")
+        low, high = (int(v) for v in labels.aminmax())
+        if low < 0 or high >= classes:  # or ignored: the look that costs more
+            bad = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
+            if bad.numel():
+                raise IndexError(f"labels hold {bad[0]}, outside 0 to {classes - 1} and not ignore_index ({ignore_index})")
     return labels
 
 

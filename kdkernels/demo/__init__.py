@@ -1,0 +1,88 @@
+"""`kdkernels demo`: trains small students on real data, with plain PyTorch's losses and with these.
+
+data.py, models.py and train.py know nothing of a particular loss; an experiment (classification.py)
+puts them together, and report.py shows what came out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+PLOT_SUFFIXES = (".png", ".pdf", ".svg")
+
+
+def _number(
+    kind: Callable[[str], float], low: float, high: float = math.inf, above: bool = False
+) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not (low < value if above else low <= value) or value > high or not math.isfinite(value):
+            bounds = (
+                f"{'above' if above else 'at least'} {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            )
+            raise argparse.ArgumentTypeError(f"must be {bounds}, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # for argparse's own message
+    return parse
+
+
+def _plot(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() not in PLOT_SUFFIXES:
+        raise argparse.ArgumentTypeError(f"must end in {', '.join(PLOT_SUFFIXES)}, got {text}")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    return path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--seed", type=_number(int, 0), default=0, help="same seed, same numbers (default: %(default)s)"
+    )
+    parser.add_argument("--epochs", type=_number(int, 1), default=100, help="of every student (default: %(default)s)")
+    parser.add_argument(
+        "--students", type=_number(int, 1), default=5, help="how many, for mean and spread (default: %(default)s)"
+    )
+    parser.add_argument("--teacher-epochs", type=_number(int, 1), default=12, help="(default: %(default)s)")
+    parser.add_argument("--temperature", type=_number(float, 0, above=True), default=4.0, help="(default: %(default)s)")
+    parser.add_argument(
+        "--alpha", type=_number(float, 0, 1), default=0.9, help="the distillation term's weight (default: %(default)s)"
+    )
+    parser.add_argument("--backend", default="auto", choices=("auto", "cuda", "triton", "cpu", "reference"))
+    parser.add_argument(
+        "--device", help="a torch device (default: a GPU where there is one and the backend runs on it)"
+    )
+    parser.add_argument(
+        "--plot", type=_plot, metavar="FILE.png", help="draw accuracy, loss curves and their difference"
+    )
+    parser.add_argument(
+        "--no-large", dest="large", action="store_false", help="do not time the loss at a language model's size too"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains, prints, draws. Returns the exit code: 0, or 2 where the backend asked for cannot run."""
+    from kdkernels.backends import BackendError
+    from kdkernels.cli.console import progress
+    from kdkernels.demo import classification, report
+
+    config = classification.Config(
+        seed=args.seed, epochs=args.epochs, students=args.students, teacher_epochs=args.teacher_epochs,
+        temperature=args.temperature, alpha=args.alpha, backend=args.backend, device=args.device, large=args.large,
+    )  # fmt: skip
+    try:
+        with progress(config.steps, lines=False) as bar:
+            outcome = classification.run(config, bar)
+    except BackendError as error:
+        print(f"kdkernels demo: {error}", file=sys.stderr)
+        return 2
+    report.show(outcome)
+    if args.plot:
+        report.plot(outcome, args.plot)
+        print(f"drawn: {args.plot}")
+    return 0

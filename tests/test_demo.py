@@ -1,0 +1,148 @@
+"""`kdkernels demo`, with as little training as shows that it works."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import re
+
+import pytest
+
+pytest.importorskip("sklearn")
+
+import torch
+
+from kdkernels import backends, demo
+from kdkernels.demo import classification, data, models
+from kdkernels.demo.classification import ALONE, FUSED, PLAIN, Config
+
+TINY = ("--epochs", "2", "--students", "2", "--teacher-epochs", "1", "--no-large")
+
+
+class Silent:
+    steps = 0
+
+    def step(self, what):
+        pass
+
+    def advance(self):
+        self.steps += 1
+
+
+def command(*arguments):
+    """Exit code, stdout and stderr."""
+    parser = argparse.ArgumentParser(prog="kdkernels demo")
+    demo.add_arguments(parser)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = demo.run(parser.parse_args(arguments))
+        except SystemExit as stop:
+            code = stop.code
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def outcome():
+    config = Config(epochs=12, students=2, teacher_epochs=3, device="cpu", large=False)
+    bar = Silent()
+    found = classification.run(config, bar)
+    assert bar.steps == config.steps
+    return found
+
+
+def test_both_losses_train_alike(outcome):
+    difference, relative = outcome.difference()
+    assert difference < 1e-4
+    assert relative < 1e-5
+    for one, other in zip(outcome.runs[PLAIN], outcome.runs[FUSED], strict=True):
+        assert one.accuracy == other.accuracy
+        assert len(one.losses) == len(one.seconds) == 24
+        assert one.losses[-1] < one.losses[0]
+
+
+def test_the_teacher_and_the_students_learn(outcome):
+    assert outcome.teacher_accuracy > 80
+    assert all(run.accuracy[-1] > 30 for runs in outcome.runs.values() for run in runs)
+    assert outcome.runs[ALONE][0].losses != outcome.runs[PLAIN][0].losses
+    assert outcome.runs[PLAIN][0].losses != outcome.runs[PLAIN][1].losses
+
+
+def test_the_loss_is_the_one_in_the_table(outcome):
+    """The yardstick is torch's: cross-entropy and batchmean KL at the temperature, weighed by alpha."""
+    z, t, y = torch.randn(6, 10), torch.randn(6, 10), torch.arange(6)
+    ours = classification.fused(3.0, 0.7, "auto")(z, t, y)
+    torch.testing.assert_close(ours, classification.plain(3.0, 0.7)(z, t, y))
+
+
+def test_report_and_plot(tmp_path):
+    state = torch.get_rng_state()
+    code, out, err = command(*TINY, "--plot", str(tmp_path / "curves.png"))
+    assert (code, err) == (0, "")
+    for expected in (
+        "teacher",
+        "labels alone",
+        "plain PyTorch",
+        "kdkernels",
+        "ratio",
+        "Largest difference",
+        "Backend: ",
+    ):
+        assert expected in out
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers moved"
+
+    def numbers(text):
+        return re.sub(r"\S+ (us|ms|s)\b|\S+x$|^drawn.*|-+", "", text, flags=re.MULTILINE).split()
+
+    _, again, _ = command(*TINY)
+    assert numbers(again) == numbers(out)
+    _, other, _ = command(*TINY, "--seed", "1")
+    assert numbers(other) != numbers(out)
+
+
+def test_the_backend_asked_for_runs_or_says_why_not(tmp_path):
+    code, out, _ = command(*TINY, "--students", "1", "--epochs", "1", "--backend", "reference", "--device", "cpu")
+    assert code == 0
+    assert "Backend: reference" in out
+    if backends.unavailable("cuda", "cpu"):
+        code, out, err = command(*TINY, "--backend", "cuda", "--device", "cpu")
+        assert (code, out) == (2, "")
+        assert "cannot run on backend 'cuda'" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--epochs", "0"), "must be at least 1"),
+        (("--temperature", "0"), "must be above 0"),
+        (("--temperature", "nan"), "must be above 0"),
+        (("--alpha", "1.5"), "must be between 0 and 1"),
+        (("--seed", "-1"), "must be at least 0"),
+        (("--seed", "x"), "invalid int value"),
+        (("--plot", "curves.txt"), "must end in"),
+        (("--plot", "no/such/folder/curves.png"), "there is no folder"),
+        (("--backend", "quick"), "invalid choice"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    code, _, err = command(*arguments)
+    assert code == 2
+    assert message in err
+
+
+def test_the_held_out_images_are_apart():
+    digits = data.digits(0)
+    assert len(digits.labels) == classification.TEACHER_IMAGES
+    assert len(digits.labels) + len(digits.test_labels) == 1797
+    chosen = data.few_of_each(digits.labels, 3, torch.Generator().manual_seed(0))
+    assert torch.bincount(digits.labels[chosen]).tolist() == [3] * data.CLASSES
+    assert digits.images.amax() == 1
+    assert sorted(i for _, b in data.batches(7, 3, 1, torch.Generator()) for i in b.tolist()) == list(range(7))
+
+
+def test_models_depend_on_their_seed_alone():
+    one, same, other = (models.seeded(models.student, seed, torch.device("cpu")) for seed in (1, 1, 2))
+    assert torch.equal(one[1].weight, same[1].weight)
+    assert not torch.equal(one[1].weight, other[1].weight)
