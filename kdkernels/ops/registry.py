@@ -40,6 +40,7 @@ class Case:
         bench_gpu: the same for a GPU.
         floor_bytes: floor_bytes(shape, itemsize, backward) -> the least traffic that the mathematics allows.
         bench_dtypes: what to time.
+        bench_grads: the inputs that get a gradient when timed; default: the first of `grads` (a teacher is frozen).
         headline: whether the README's table shows it.
     """
 
@@ -54,6 +55,7 @@ class Case:
     bench_gpu: Mapping[str, Shape] = field(default_factory=dict)
     floor_bytes: Callable[[Shape, int, bool], int] | None = None
     bench_dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    bench_grads: tuple[str, ...] = ()
     headline: bool = False
 
 

@@ -11,7 +11,7 @@ from kdkernels.losses import logits
 from kdkernels.ops.registry import Case, Shape, Spec
 
 SHAPES: tuple[Shape, ...] = ((1, 1), (3, 2), (5, 7), (4, 100), (7, 1000), (3, 1025), (2, 3, 130), (2, 4099))
-BENCH = {"cifar": (64, 100), "imagenet": (256, 1000), "llm-32k": (256, 32000)}
+BENCH = {"cifar": (64, 100), "imagenet": (256, 1000), "llm-32k": (256, 32000), "llm-128k": (64, 128256)}
 BENCH_GPU = {"llm-32k": (8192, 32000), "llm-128k": (8192, 128256), "llm-152k": (4096, 151936), "cifar": (64, 100)}
 
 
