@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--epochs", type=_number(int, 1), default=100, help="of every student (default: %(default)s)")
     parser.add_argument(
-        "--students", type=_number(int, 1), default=5, help="how many, for mean and spread (default: %(default)s)"
+        "--students", type=_number(int, 1), default=10, help="how many, for mean and spread (default: %(default)s)"
     )
     parser.add_argument("--teacher-epochs", type=_number(int, 1), default=12, help="(default: %(default)s)")
     parser.add_argument("--temperature", type=_number(float, 0, above=True), default=4.0, help="(default: %(default)s)")

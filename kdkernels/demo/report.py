@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
+import torch
+
 from kdkernels.cli.console import print_table
 from kdkernels.demo.classification import ALONE, BATCH, FUSED, LARGE, PLAIN, Outcome
 from kdkernels.demo.data import CLASSES
@@ -57,14 +59,20 @@ def show(outcome: Outcome) -> None:
         rows,
     )
 
+    threads = f", {torch.get_num_threads()} threads" if outcome.device.type == "cpu" else ""
     one, other = _steps(runs[PLAIN]), _steps(runs[FUSED])
     speeds = [
-        _speed(f"a step, {BATCH} x {CLASSES} (median of {len(one)})", statistics.median(one), statistics.median(other)),
+        _speed(
+            f"a training step, {BATCH} x {CLASSES} (median of {len(one)})",
+            statistics.median(one),
+            statistics.median(other),
+        ),
     ]
     if outcome.large is not None:
-        speeds.append(_speed(f"a language model's size, {LARGE[0]} x {LARGE[1]}", *outcome.large))
+        speeds.append(_speed(f"a language model's size, {LARGE[0]} x {LARGE[1]}{threads}", *outcome.large))
     print_table(
-        f"Time in the loss, with its gradient down to the logits, on {outcome.device}",
+        f"Time in the loss, with its gradient down to the logits, on {outcome.device}"
+        + (threads and " (training has 1 thread)"),
         ("what", "plain PyTorch", "kdkernels", "ratio"),
         speeds,
     )
@@ -114,5 +122,5 @@ def plot(outcome: Outcome, path: Path) -> None:
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, ncols=1 + (axes is right))
     figure.savefig(path, dpi=120)
