@@ -1,0 +1,472 @@
+"""Triton kernels of the row divergences; launchers and block choices are in triton.py.
+
+Everything works on tiles [R rows, C classes]. Rows are the `inner` axis, or rows of a matrix merged into it, so that
+one source serves the class axis contiguous and strided: Triton specialises a stride of 1 and takes the layout of the
+tile from it. An optional argument that is None is left out at compile time. The kind is a uniform run-time switch.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kdkernels.ops.row_divergence.triton_terms import (
+    around,
+    ce_gradient,
+    class_weights,
+    count_rows,
+    cross_entropy,
+    factor,
+    finite,
+    inverse,
+    load,
+    load_row,
+    load_scalars,
+    log_probs,
+    moments,
+    plain_kind,
+    public_sums,
+    read,
+    split,
+    store,
+    sums,
+    teacher_probs,
+    terms,
+    times,
+    whole,
+    write_row,
+)
+
+
+@triton.jit
+def _gradient_sweep(
+    s_row, t_row, ds_row, dt_row, s_c, t_c, ds_c, dt_c, V, inside, live, y, cwy, class_weight, total_cw, kw, cw_row,
+    m_s, lz_s, m_t, lz_t, m1, lz1, G_s, G_t, ts, tt, eps, p0, p1, kind, inputs, other_t,
+    R: tl.constexpr, C: tl.constexpr, HARD: tl.constexpr, SIMPLE: tl.constexpr, COLUMNS: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """The last sweep: gradients of a tile of rows from the sums. SUMS makes temperature gradients."""
+    plain = inputs == 0
+    inv_s = inverse(ts, plain)
+    inv_t = inverse(tt, plain)
+    one = tl.where(plain, 0.0, 1.0)
+    sum_s = tl.zeros([R], tl.float32)
+    sum_t = sum_s
+    mean_s = sum_s
+    mean_t = sum_s
+    rest_s = sum_s
+    rest_t = sum_s
+    for c0 in range(0, V, C):
+        cols = c0 + tl.arange(0, C)
+        here = inside[:, None] & (cols < V)[None, :]
+        mask = read(inside, live, COLUMNS)[:, None] & (cols < V)[None, :]
+        s = load(s_row, cols, s_c, mask, float("-inf"), "evict_first")
+        t = load(t_row, cols, t_c, mask, other_t, "evict_first")
+        a = log_probs(s, m_s, inv_s, lz_s)
+        ps = tl.exp(a)
+        b, pt = teacher_probs(t, m_t, inv_t, lz_t, inputs)
+        part = terms(kind, a, b, ps, pt, p0, p1, one, SIMPLE)
+        gs = part[1]
+        gt = part[2]
+        if ds_row is not None or SUMS:
+            g = kw[:, None] * ((gs - ps * G_s[:, None]) * inv_s)
+            if SUMS:
+                part = moments(a, ps, g, mask)
+                sum_s += part[0]
+                mean_s += part[1]
+                rest_s += part[2]
+            if ds_row is not None:
+                if HARD:
+                    p1_ = tl.exp(s - m1[:, None] - lz1[:, None])
+                    cw = class_weights(class_weight, cols, V)
+                    g += cw_row[:, None] * ce_gradient(p1_, cols, y, cwy, cw, total_cw, eps, V)
+                store(ds_row, cols, ds_c, here, tl.where(live[:, None], g, 0.0))
+        if dt_row is not None or SUMS:
+            h = kw[:, None] * ((gt - pt * G_t[:, None]) * inv_t)
+            if SUMS:
+                part = moments(b, pt, h, mask)
+                sum_t += part[0]
+                mean_t += part[1]
+                rest_t += part[2]
+            if dt_row is not None:
+                store(dt_row, cols, dt_c, here, tl.where(live[:, None], h, 0.0))
+    return times(rest_s, mean_s) - sum_s, times(rest_t, mean_t) - sum_t
+
+
+@triton.jit
+def looped_kernel(
+    student, teacher, labels, weight, class_weight, scalars, divisors, losses, stats, ds, dt,
+    ts, tt, kd, ce, eps, p0, p1, inner, V,
+    s_o, s_c, s_i, t_o, t_c, t_i, ds_o, ds_c, ds_i, dt_o, dt_c, dt_i,
+    kind, inputs, ignore_index, blocks,
+    R: tl.constexpr, C: tl.constexpr, HARD: tl.constexpr, SIMPLE: tl.constexpr,
+    COLUMNS: tl.constexpr, FIRST: tl.constexpr,
+):  # fmt: skip
+    """Loss and gradient of rows that do not stay on chip.
+
+    SIMPLE (forward and reverse KL of logits): one sweep for the sums, online, and one for the gradient. Otherwise
+    log-sum-exps, sums of the divergence, gradient. FIRST: eviction policy of every sweep but the last.
+    """
+    ts, tt, kd, ce, eps, p0, p1 = load_scalars(scalars, ts, tt, kd, ce, eps, p0, p1)
+    pid = tl.program_id(0)
+    o = (pid // blocks).to(tl.int64)
+    i = ((pid % blocks) * R + tl.arange(0, R)).to(tl.int64)
+    inside = i < inner
+    row = o * inner + i
+    s_row = student + o * s_o + i * s_i
+    t_row = teacher + o * t_o + i * t_i
+    ds_row = ds
+    if ds is not None:
+        ds_row = ds + o * ds_o + i * ds_i
+    dt_row = dt
+    if dt is not None:
+        dt_row = dt + o * dt_o + i * dt_i
+    y, cwy, w = load_row(row, inside, labels, weight, class_weight, V, ignore_index, HARD)
+    live = inside & (w != 0.0)
+    kind = plain_kind(kind, p0)
+    plain = inputs == 0
+    inv_s = inverse(ts, plain)
+    inv_t = inverse(tt, plain)
+    other_t = tl.where(inputs == 2, 0.0, float("-inf"))
+    # A tile of masked rows alone is not swept for its sums.
+    end = tl.where(tl.max(live.to(tl.int32), 0) != 0, V, 0)
+
+    # Log-sum-exps relative to the running maxima; the sums stay apart by lane until the end. For forward KL `d` is
+    # sum e^y (y - x), with x and y relative to their maxima; for reverse KL the two change places.
+    x_y = tl.zeros([R], tl.float32)
+    if HARD:
+        x_y = tl.load(s_row + y * s_c, mask=live, other=0.0).to(tl.float32)
+    m_s = tl.full([R], float("-inf"), tl.float32)
+    m_t = tl.full([R], float("-inf"), tl.float32)
+    base_s = tl.zeros([R], tl.float32)
+    base_t = tl.zeros([R], tl.float32)
+    z_s = tl.zeros([R, C], tl.float32)
+    z_t = tl.zeros([R, C], tl.float32)
+    z1 = tl.zeros([R, C], tl.float32)
+    d = tl.zeros([R, C], tl.float32)
+    side = tl.where(kind == 0, 1.0, -1.0)
+    sums_end = end
+    if not HARD:
+        sums_end = tl.where(plain, end, 0)
+    for c0 in range(0, sums_end, C):
+        cols = c0 + tl.arange(0, C)
+        mask = read(inside, live, COLUMNS)[:, None] & (cols < V)[None, :]
+        s = load(s_row, cols, s_c, mask, float("-inf"), FIRST)
+        t = load(t_row, cols, t_c, mask, float("-inf"), FIRST)
+        top_s = tl.maximum(m_s, tl.max(s, 1))
+        top_t = tl.maximum(m_t, tl.max(t, 1))
+        new_s = finite(top_s)
+        new_t = finite(top_t)
+        x = (s - new_s[:, None]) * inv_s
+        u = (t - new_t[:, None]) * inv_t
+        ex = tl.exp(x)
+        eu = tl.exp(u)
+        c_s = tl.exp((m_s - new_s) * inv_s)[:, None]
+        c_t = tl.exp((m_t - new_t) * inv_t)[:, None]
+        if SIMPLE:
+            shift = (base_t - new_t) * inv_t - (base_s - new_s) * inv_s
+            shift = (shift * side)[:, None]
+            z = tl.where(kind == 0, z_t, z_s)
+            c = tl.where(kind == 0, c_t, c_s)
+            e = tl.where(kind == 0, eu, ex)
+            d = tl.where(c == 0.0, 0.0, c * (d + z * shift)) + tl.where(e == 0.0, 0.0, e * ((u - x) * side))
+        z_s = z_s * c_s + ex
+        z_t = z_t * c_t + eu
+        if HARD:
+            z1 = z1 * tl.exp(m_s - new_s)[:, None] + tl.exp(s - new_s[:, None])
+        m_s = top_s
+        m_t = top_t
+        base_s = new_s
+        base_t = new_t
+    m_s = tl.where(plain, base_s, 0.0)
+    m_t = tl.where(plain, base_t, 0.0)
+    sum_s = tl.sum(z_s, 1)
+    sum_t = tl.sum(z_t, 1)
+    lz_s = tl.where(plain, tl.log(tl.where(plain, sum_s, 1.0)), 0.0)
+    lz_t = tl.where(plain, tl.log(tl.where(plain, sum_t, 1.0)), 0.0)
+    lz1 = lz_s
+    CE = tl.zeros([R], tl.float32)
+    total_cw = CE
+    if HARD:
+        lz1 = tl.log(tl.sum(z1, 1))
+        # Label smoothing sums the logits, relative to the maximum: a sweep that only it pays for.
+        smooth = tl.zeros([R, C], tl.float32)
+        weights = tl.zeros([C], tl.float32)
+        for c0 in range(0, tl.where(eps == 0.0, 0, end), C):
+            cols = c0 + tl.arange(0, C)
+            mask = read(inside, live, COLUMNS)[:, None] & (cols < V)[None, :]
+            cw = class_weights(class_weight, cols, V)
+            s = load(s_row, cols, s_c, mask, float("-inf"), FIRST)
+            smooth += tl.where(mask, times(cw[None, :], s - base_s[:, None]), 0.0)
+            weights += cw
+        total_cw += tl.sum(weights, 0)
+        CE = cross_entropy(lz1, x_y - base_s, tl.sum(smooth, 1), total_cw, cwy, eps, V)
+
+    if SIMPLE:
+        D = tl.sum(d, 1) / tl.where(kind == 0, sum_t, sum_s) - (lz_t - lz_s) * side
+        G_s = D
+        G_t = D
+    else:
+        one = tl.where(plain, 0.0, 1.0)
+        f_sum = tl.zeros([R, C], tl.float32)
+        s_sum = tl.zeros([R, C], tl.float32)
+        t_sum = tl.zeros([R, C], tl.float32)
+        for c0 in range(0, end, C):
+            cols = c0 + tl.arange(0, C)
+            mask = read(inside, live, COLUMNS)[:, None] & (cols < V)[None, :]
+            s = load(s_row, cols, s_c, mask, float("-inf"), FIRST)
+            t = load(t_row, cols, t_c, mask, other_t, FIRST)
+            a = log_probs(s, m_s, inv_s, lz_s)
+            b, pt = teacher_probs(t, m_t, inv_t, lz_t, inputs)
+            f, gs, gt = terms(kind, a, b, tl.exp(a), pt, p0, p1, one, SIMPLE)
+            f_sum += f
+            s_sum += gs
+            t_sum += gt
+        D = tl.sum(f_sum, 1)
+        G_s = tl.sum(s_sum, 1)
+        G_t = tl.sum(t_sum, 1)
+
+    kw = w
+    cw_row = w
+    if divisors is not None:
+        kw *= factor(kd, tl.load(divisors))
+        cw_row *= factor(ce, tl.load(divisors + 1))
+    else:
+        kw *= kd
+        cw_row *= ce
+    g_s, g_t = sums(kind, inputs, D, G_s, G_t)
+    G_s, G_t = public_sums(kind, inputs, D, G_s, G_t)
+    # A log-sum-exp rounded to float32 would cost the backward digits on peaked or shifted logits. What it lacks goes
+    # into the last statistic, three times ten bits (the highest bit of the exponent stays 0: a finite number).
+    lse_s, rest_s = split(m_s.to(tl.float64) * inv_s.to(tl.float64) + lz_s)
+    lse_t, rest_t = split(m_t.to(tl.float64) * inv_t.to(tl.float64) + lz_t)
+    lse_1, rest_1 = split(base_s.to(tl.float64) + lz1)
+    rests = (rest_s | (rest_t << 10) | (rest_1 << 20)).to(tl.float32, bitcast=True)
+    write_row(row, inside, live, losses, stats, kw, cw_row, D, CE, lse_s, lse_t, lse_1, G_s, G_t, rests)
+    if ds is not None or dt is not None:
+        _gradient_sweep(
+            s_row, t_row, ds_row, dt_row, s_c, t_c, ds_c, dt_c, V, inside, live, y, cwy, class_weight, total_cw,
+            kw, cw_row, m_s, lz_s, m_t, lz_t, base_s, lz1, g_s, g_t, ts, tt, eps, p0, p1, kind, inputs, other_t,
+            R, C, HARD, SIMPLE, COLUMNS, False,
+        )  # fmt: skip
+
+
+@triton.jit
+def resident_kernel(
+    student, teacher, labels, weight, class_weight, scalars, divisors, losses, total, stats, upstream,
+    ds, dt, temperature_grad, ts, tt, kd, ce, eps, p0, p1, inner, V, up,
+    s_o, s_c, s_i, t_o, t_c, t_i, ds_o, ds_c, ds_i, dt_o, dt_c, dt_i,
+    kind, inputs, ignore_index, blocks, count, rows,
+    R: tl.constexpr, C: tl.constexpr, B: tl.constexpr, HARD: tl.constexpr, SIMPLE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Loss and gradient of rows that stay in registers: each logit is read once.
+
+    As a forward it has losses and stats to write. As a backward it has upstream instead, and takes nothing from the
+    forward's statistics: sums made again from registers are free, and not rounded to one float in between.
+    count: which divisors every program counts for itself (few rows). total: given where one program has all rows.
+    """
+    ts, tt, kd, ce, eps, p0, p1 = load_scalars(scalars, ts, tt, kd, ce, eps, p0, p1)
+    pid = tl.program_id(0)
+    o = (pid // blocks).to(tl.int64)
+    i = ((pid % blocks) * R + tl.arange(0, R)).to(tl.int64)
+    inside = i < inner
+    row = o * inner + i
+    y, cwy, w = load_row(row, inside, labels, weight, class_weight, V, ignore_index, HARD)
+    live = inside & (w != 0.0)
+    kind = plain_kind(kind, p0)
+    plain = inputs == 0
+    inv_s = inverse(ts, plain)
+    inv_t = inverse(tt, plain)
+    other_t = tl.where(inputs == 2, 0.0, float("-inf"))
+    cols = tl.arange(0, C)
+    here = inside[:, None] & (cols < V)[None, :]
+    mask = read(inside, live, COLUMNS)[:, None] & (cols < V)[None, :]
+    s = load(student + o * s_o + i * s_i, cols, s_c, mask, float("-inf"), "evict_first")
+    t = load(teacher + o * t_o + i * t_i, cols, t_c, mask, other_t, "evict_first")
+
+    m1 = finite(tl.max(s, 1))
+    m_s = tl.where(plain, m1, 0.0)
+    m_t = tl.where(plain, finite(tl.max(t, 1)), 0.0)
+    a = (s - m_s[:, None]) * inv_s
+    b = (t - m_t[:, None]) * inv_t
+    ps = tl.exp(a)
+    pt = tl.exp(b)
+    if inputs == 2:
+        b = tl.log(t)
+        pt = t
+    z_s = tl.where(plain, tl.sum(ps, 1), 1.0)
+    z_t = tl.where(plain, tl.sum(pt, 1), 1.0)
+    lz_s = tl.log(z_s)
+    lz_t = tl.log(z_t)
+    a -= lz_s[:, None]
+    b -= lz_t[:, None]
+    ps *= (1.0 / z_s)[:, None]
+    pt *= (1.0 / z_t)[:, None]
+    lse1 = m_s
+    CE = tl.zeros([R], tl.float32)
+    total_cw = CE
+    cw = class_weights(class_weight, cols, V)
+    p1_ = ps
+    if HARD:
+        x = s - m1[:, None]
+        p1_ = tl.exp(x)
+        z1 = tl.sum(p1_, 1)
+        p1_ *= (1.0 / z1)[:, None]
+        lz1 = tl.log(z1)
+        lse1 = m1 + lz1
+        total_cw += tl.sum(cw, 0)
+        x_y = tl.sum(tl.where(cols[None, :] == y[:, None], x, 0.0), 1)
+        x_smooth = tl.sum(tl.where(mask, times(cw[None, :], x), 0.0), 1)
+        CE = cross_entropy(lz1, x_y, x_smooth, total_cw, cwy, eps, V)
+    f, gs, gt = terms(kind, a, b, ps, pt, p0, p1, tl.where(plain, 0.0, 1.0), SIMPLE)
+    D = tl.sum(f, 1)
+    G_s = tl.sum(gs, 1)
+    G_t = tl.sum(gt, 1)
+
+    kw = w
+    cw_row = w
+    if divisors is not None:
+        d0 = tl.load(divisors)
+        d1 = tl.load(divisors + 1)
+        if count != 0:
+            n0, n1 = count_rows(labels, weight, class_weight, 0, rows, B, V, ignore_index, B)
+            d0 = tl.where((count & 1) != 0, n0, d0)
+            d1 = tl.where((count & 2) != 0, n1, d1)
+            if pid == 0:
+                if (count & 1) != 0:
+                    tl.store(divisors, n0)
+                if (count & 2) != 0:
+                    tl.store(divisors + 1, n1)
+        kw *= factor(kd, d0)
+        cw_row *= factor(ce, d1)
+    else:
+        kw *= kd
+        cw_row *= ce
+    g_s, g_t = sums(kind, inputs, D, G_s, G_t)
+    if losses is not None:
+        G_s, G_t = public_sums(kind, inputs, D, G_s, G_t)
+        loss = write_row(
+            row, inside, live, losses, stats, kw, cw_row, D, CE, m_s * inv_s + lz_s, m_t * inv_t + lz_t, lse1, G_s, G_t,
+            tl.zeros_like(D),
+        )  # fmt: skip
+        if total is not None:
+            tl.store(total, tl.sum(loss, 0))
+    else:
+        u = tl.load(upstream + row * up, mask=live, other=0.0)
+        kw *= u
+        cw_row *= u
+    if ds is not None or temperature_grad is not None:
+        g = kw[:, None] * ((gs - ps * g_s[:, None]) * inv_s)
+        if temperature_grad is not None:
+            m = moments(a, ps, g, mask)
+            tl.store(temperature_grad + row * 2, tl.where(live & plain, times(m[2], m[1]) - m[0], 0.0), mask=inside)
+    if ds is not None:
+        if HARD:
+            g += cw_row[:, None] * ce_gradient(p1_, cols, y, cwy, cw, total_cw, eps, V)
+        store(ds + o * ds_o + i * ds_i, cols, ds_c, here, tl.where(live[:, None], g, 0.0))
+    if dt is not None or temperature_grad is not None:
+        h = kw[:, None] * ((gt - pt * g_t[:, None]) * inv_t)
+        if temperature_grad is not None:
+            m = moments(b, pt, h, mask)
+            tl.store(temperature_grad + row * 2 + 1, tl.where(live & plain, times(m[2], m[1]) - m[0], 0.0), mask=inside)
+    if dt is not None:
+        store(dt + o * dt_o + i * dt_i, cols, dt_c, here, tl.where(live[:, None], h, 0.0))
+
+
+@triton.jit
+def backward_kernel(
+    student, teacher, labels, weight, class_weight, scalars, divisors, stats, upstream, ds, dt, temperature_grad,
+    ts, tt, kd, ce, eps, p0, p1, inner, V, up,
+    s_o, s_c, s_i, t_o, t_c, t_i, ds_o, ds_c, ds_i, dt_o, dt_c, dt_i,
+    kind, inputs, ignore_index, blocks,
+    R: tl.constexpr, C: tl.constexpr, HARD: tl.constexpr, SIMPLE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of rows that do not stay on chip, from the forward's statistics: one sweep.
+
+    up: stride of the upstream gradient.
+    """
+    ts, tt, kd, ce, eps, p0, p1 = load_scalars(scalars, ts, tt, kd, ce, eps, p0, p1)
+    pid = tl.program_id(0)
+    o = (pid // blocks).to(tl.int64)
+    i = ((pid % blocks) * R + tl.arange(0, R)).to(tl.int64)
+    inside = i < inner
+    row = o * inner + i
+    ds_row = ds
+    if ds is not None:
+        ds_row = ds + o * ds_o + i * ds_i
+    dt_row = dt
+    if dt is not None:
+        dt_row = dt + o * dt_o + i * dt_i
+    y, cwy, w = load_row(row, inside, labels, weight, class_weight, V, ignore_index, HARD)
+    live = inside & (w != 0.0)
+    kind = plain_kind(kind, p0)
+    plain = inputs == 0
+    other_t = tl.where(inputs == 2, 0.0, float("-inf"))
+    at = stats + row * 8
+    bits = tl.load(at + 7, mask=live, other=0.0).to(tl.int32, bitcast=True)
+    inv_s = inverse(ts, plain)
+    inv_t = inverse(tt, plain)
+    shift_s, lz_s = around(whole(tl.load(at, mask=live, other=0.0), bits), ts, inv_s)
+    shift_t, lz_t = around(whole(tl.load(at + 1, mask=live, other=0.0), bits >> 10), tt, inv_t)
+    lse_1 = whole(tl.load(at + 2, mask=live, other=0.0), bits >> 20)
+    shift_1 = lse_1.to(tl.float32)
+    lz_1 = (lse_1 - shift_1).to(tl.float32)
+    shift_s = tl.where(plain, shift_s, 0.0)
+    shift_t = tl.where(plain, shift_t, 0.0)
+    lz_s = tl.where(plain, lz_s, 0.0)
+    lz_t = tl.where(plain, lz_t, 0.0)
+    D = tl.load(at + 5, mask=live, other=0.0)
+    g_s, g_t = sums(kind, inputs, D, tl.load(at + 3, mask=live, other=0.0), tl.load(at + 4, mask=live, other=0.0))
+    total_cw = tl.zeros([R], tl.float32)
+    if HARD:
+        weights = tl.zeros([C], tl.float32)
+        for c0 in range(0, tl.where(eps == 0.0, 0, V), C):
+            weights += class_weights(class_weight, c0 + tl.arange(0, C), V)
+        total_cw += tl.sum(weights, 0)
+    w *= tl.load(upstream + row * up, mask=live, other=0.0)
+    kw = w
+    cw_row = w
+    if divisors is not None:
+        kw *= factor(kd, tl.load(divisors))
+        cw_row *= factor(ce, tl.load(divisors + 1))
+    else:
+        kw *= kd
+        cw_row *= ce
+    sum_s, sum_t = _gradient_sweep(
+        student + o * s_o + i * s_i, teacher + o * t_o + i * t_i, ds_row, dt_row, s_c, t_c, ds_c, dt_c, V,
+        inside, live, y, cwy, class_weight, total_cw, kw, cw_row, shift_s, lz_s, shift_t, lz_t, shift_1, lz_1,
+        g_s, g_t, ts, tt, eps, p0, p1, kind, inputs, other_t, R, C, HARD, SIMPLE, COLUMNS,
+        temperature_grad is not None,
+    )  # fmt: skip
+    if temperature_grad is not None:
+        tl.store(temperature_grad + row * 2, tl.where(live & plain, sum_s, 0.0), mask=inside)
+        tl.store(temperature_grad + row * 2 + 1, tl.where(live & plain, sum_t, 0.0), mask=inside)
+
+
+@triton.jit
+def count_kernel(
+    labels, weight, class_weight, out, rows, V, ignore_index, count, stride, B: tl.constexpr, FINAL: tl.constexpr
+):
+    """Divisors over all rows (FINAL, one program), or each program's part of them."""
+    pid = tl.program_id(0)
+    n0, n1 = count_rows(labels, weight, class_weight, pid * B, rows, stride, V, ignore_index, B)
+    if FINAL:
+        if (count & 1) != 0:
+            tl.store(out, n0)
+        if (count & 2) != 0:
+            tl.store(out + 1, n1)
+    else:
+        tl.store(out + pid, n0)
+        tl.store(out + tl.num_programs(0) + pid, n1)
+
+
+@triton.jit
+def sum_kernel(x, out, n, stride, B: tl.constexpr):
+    """out[p] = sum of x, every program its own blocks in a fixed order."""
+    pid = tl.program_id(0)
+    acc = tl.zeros([B], tl.float32)
+    for k in range(pid * B, n, stride):
+        at = (k + tl.arange(0, B)).to(tl.int64)
+        acc += tl.load(x + at, mask=at < n, other=0.0)
+    tl.store(out + pid, tl.sum(acc, 0))

@@ -1,0 +1,352 @@
+"""Pieces of the Triton kernels: the divergences' terms, and what is done to one tile or one row."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kdkernels.ops.triton_util import cast
+
+
+@triton.jit
+def _kl(x, y, px):
+    """p_x (log p_x - log p_y), 0 where p_x is 0. Written so that a NaN stays one."""
+    return tl.where(px == 0.0, 0.0, px * (x - y))
+
+
+@triton.jit
+def _mixture(a, b, wa, wb):
+    """a - m, b - m and wa e^(a - m), with m = log(wa e^a + wb e^b) taken from the larger of both."""
+    d = tl.where((a == float("-inf")) & (b == float("-inf")), 0.0, b - a)
+    e = tl.exp(-tl.abs(d))
+    ea = wa * tl.where(d > 0.0, e, 1.0)
+    total = ea + wb * tl.where(d > 0.0, 1.0, e)
+    log_total = tl.log(total)
+    am = tl.where(d > 0.0, -d, 0.0) - log_total
+    bm = tl.where(d > 0.0, 0.0, d) - log_total
+    return am, bm, ea / total
+
+
+@triton.jit
+def _skew(x, y, px, al):
+    """KL(p_x, al p_x + (1 - al) p_y), its derivative by x and by y. al > 0."""
+    m = _mixture(y, x, 1.0 - al, al)
+    mass = tl.where(al == 1.0, 0.0, px)  # at 1 it is p_x against itself
+    f = tl.where(mass == 0.0, 0.0, px * m[1])
+    share = tl.where(mass == 0.0, 0.0, px * m[2])
+    return f, f + share, -share
+
+
+@triton.jit
+def _alpha_beta(a, b, al, be):
+    """The alpha-beta divergence of one class and its limits where al, be or al + be is 0."""
+    if al == 0.0:
+        if be == 0.0:
+            f = 0.5 * (a - b) * (a - b)
+            gs = a - b
+            gt = b - a
+        else:
+            w = tl.exp(be * a)
+            v = tl.exp(be * b)
+            gs = tl.where(w == 0.0, 0.0, w * (a - b))
+            gt = (v - w) / be
+            f = (gs + gt) / be
+    else:
+        if be == 0.0:
+            w = tl.exp(al * a)
+            v = tl.exp(al * b)
+            gt = tl.where(v == 0.0, 0.0, v * (b - a))
+            gs = (w - v) / al
+            f = (gt + gs) / al
+        else:
+            if al + be == 0.0:
+                x = al * (b - a)
+                u = tl.exp(x)
+                gt = (u - 1.0) / al
+                gs = -gt
+                f = (u - 1.0 - x) / (al * al)
+            else:
+                u = tl.exp(al * b + be * a)
+                v = tl.exp((al + be) * b)
+                w = tl.exp((al + be) * a)
+                gs = (w - u) / al
+                gt = (v - u) / be
+                f = (al * (v - u) + be * (w - u)) / (al * be * (al + be))
+    dead = (a == float("-inf")) & (b == float("-inf"))
+    return tl.where(dead, 0.0, f), tl.where(dead, 0.0, gs), tl.where(dead, 0.0, gt)
+
+
+@triton.jit
+def _simple_terms(kind, a, b, ps, pt, one):
+    if kind == 0:
+        f = _kl(b, a, pt)
+        gs = -pt
+        gt = f + one * pt
+    else:
+        f = _kl(a, b, ps)
+        gs = f + one * ps
+        gt = -ps
+    return f, gs, gt
+
+
+@triton.jit
+def terms(kind, a, b, ps, pt, p0, p1, one, SIMPLE: tl.constexpr):
+    """f, df/da, df/db of one class (math.h has the same). SIMPLE leaves only kinds 0 and 1 in the kernel.
+
+    `one` is 0 where the caller subtracts p * sum: the terms +p_t of forward and +p_s of reverse KL then cancel.
+    """
+    if SIMPLE:
+        f, gs, gt = _simple_terms(kind, a, b, ps, pt, one)
+    elif kind == 2:
+        m = _mixture(a, b, 1.0 - p0, p0)
+        gs = (1.0 - p0) * tl.where(ps == 0.0, 0.0, ps * m[0])
+        gt = p0 * tl.where(pt == 0.0, 0.0, pt * m[1])
+        f = gs + gt
+    elif kind == 3:
+        f, gt, gs = _skew(b, a, pt, p0)
+    elif kind == 4:
+        f, gs, gt = _skew(a, b, ps, p0)
+    elif kind == 5:
+        d = pt - ps
+        half = tl.where(d > 0.0, 0.5, tl.where(d < 0.0, -0.5, 0.0))
+        f = 0.5 * tl.abs(d)
+        gs = -half * ps
+        gt = half * pt
+    elif kind == 6:
+        f, gs, gt = _alpha_beta(a, b, p0, p1)
+    elif kind == 7:
+        f = tl.where(pt == 0.0, 0.0, -pt * a)
+        gs = -pt
+        gt = f
+    elif kind == 8:
+        fwd = _kl(b, a, pt)
+        rev = _kl(a, b, ps)
+        f = p0 * fwd + (1.0 - p0) * rev
+        gs = (1.0 - p0) * (rev + ps) - p0 * pt
+        gt = p0 * (fwd + pt) - (1.0 - p0) * ps
+    else:
+        f, gs, gt = _simple_terms(kind, a, b, ps, pt, one)
+    return f, gs, gt
+
+
+@triton.jit
+def plain_kind(kind, p0):
+    """Kinds at an end of their parameter, as forward or reverse KL: the interior formula is 0 * inf there."""
+    forward = ((kind == 2) & (p0 <= 0.0)) | ((kind == 3) & (p0 == 0.0)) | ((kind == 8) & (p0 == 1.0))
+    reverse = ((kind == 2) & (p0 >= 1.0)) | ((kind == 4) & (p0 == 0.0)) | ((kind == 8) & (p0 == 0.0))
+    return tl.where(forward, 0, tl.where(reverse, 1, kind))
+
+
+@triton.jit
+def load_scalars(ptr, ts, tt, kd, ce, eps, p0, p1):
+    if ptr is not None:
+        ts = tl.load(ptr)
+        tt = tl.load(ptr + 1)
+        kd = tl.load(ptr + 2)
+        ce = tl.load(ptr + 3)
+        eps = tl.load(ptr + 4)
+        p0 = tl.load(ptr + 5)
+        p1 = tl.load(ptr + 6)
+    return ts, tt, kd, ce, eps, p0, p1
+
+
+@triton.jit
+def load_row(row, inside, labels, weight, class_weight, V, ignore_index, HARD: tl.constexpr):
+    """Label, class weight of the label, and the row's weight: 0 for a masked row, NaN for an impossible label."""
+    if weight is not None:
+        w = tl.load(weight + row, mask=inside, other=0.0)
+    else:
+        w = tl.where(inside, 1.0, 0.0)
+    y = row * 0
+    if labels is not None:
+        y = tl.load(labels + row, mask=inside, other=0)
+        w = tl.where(y == ignore_index, 0.0, w)
+        wrong = (y < 0) | (y >= V)
+        y = tl.where(wrong, 0, y)
+        w = tl.where(wrong & (w != 0.0), float("nan"), w)
+    cwy = tl.where(inside, 1.0, 0.0)
+    if HARD and class_weight is not None:
+        cwy = tl.load(class_weight + y, mask=inside & (w != 0.0), other=0.0)
+    return y, cwy, w
+
+
+@triton.jit
+def count_rows(labels, weight, class_weight, first, last, step, V, ignore_index, B: tl.constexpr):
+    """Sums of w and of w * class_weight[label] over the valid rows of [first, last), always in the same order."""
+    n0 = tl.zeros([B], tl.float32)
+    n1 = tl.zeros([B], tl.float32)
+    for r0 in range(first, last, step):
+        r = (r0 + tl.arange(0, B)).to(tl.int64)
+        inside = r < last
+        w = tl.where(inside, 1.0, 0.0)
+        if weight is not None:
+            w = tl.load(weight + r, mask=inside, other=0.0)
+        c = w
+        if labels is not None:
+            y = tl.load(labels + r, mask=inside, other=0)
+            w = tl.where(y == ignore_index, 0.0, w)
+            c = w
+            if class_weight is not None:
+                c = w * tl.load(class_weight + y, mask=inside & (y >= 0) & (y < V), other=0.0)
+                c = tl.where(w == 0.0, 0.0, c)
+        n0 += w
+        n1 += c
+    return tl.sum(n0, 0), tl.sum(n1, 0)
+
+
+@triton.jit
+def factor(x, d):
+    return tl.where(d == 0.0, 0.0, tl.math.div_rn(x, tl.where(d == 0.0, 1.0, d)))
+
+
+@triton.jit
+def times(k, x):
+    """k x, 0 where k is 0 (whatever x is)."""
+    return tl.where(k == 0.0, 0.0, k * x)
+
+
+@triton.jit
+def cross_entropy(lz1, x_y, x_smooth, total_cw, cwy, eps, V):
+    """Cross-entropy from log-sum-exp, label's logit and sum of cw * logit, all three less the row's maximum."""
+    ce = (1.0 - eps) * cwy * (lz1 - x_y)
+    return ce + tl.where(eps == 0.0, 0.0, eps / V * (total_cw * lz1 - x_smooth))
+
+
+@triton.jit
+def ce_gradient(p1, cols, y, cwy, cw, total_cw, eps, V):
+    hot = tl.where(cols[None, :] == y[:, None], 1.0, 0.0)
+    return ((1.0 - eps) * cwy)[:, None] * (p1 - hot) + eps / V * (total_cw[:, None] * p1 - cw[None, :])
+
+
+@triton.jit
+def class_weights(class_weight, cols, V):
+    if class_weight is not None:
+        cw = tl.load(class_weight + cols, mask=cols < V, other=0.0)
+    else:
+        cw = tl.where(cols < V, 1.0, 0.0)
+    return cw
+
+
+@triton.jit
+def read(inside, live, COLUMNS: tl.constexpr):
+    """The rows to load: not the masked ones, except where neighbouring rows share a vector load."""
+    if COLUMNS:
+        rows = inside
+    else:
+        rows = live
+    return rows
+
+
+@triton.jit
+def load(base, cols, stride, mask, other, POLICY: tl.constexpr):
+    at = base[:, None] + cols.to(tl.int64)[None, :] * stride
+    return tl.load(at, mask=mask, other=other, eviction_policy=POLICY).to(tl.float32)
+
+
+@triton.jit
+def store(base, cols, stride, mask, value):
+    at = base[:, None] + cols.to(tl.int64)[None, :] * stride
+    tl.store(at, cast(value, base.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+
+
+@triton.jit
+def inverse(temperature, plain):
+    """1 / temperature, 1 where the inputs are no logits. To the last bit: its error is the same in every row."""
+    return tl.where(plain, tl.math.div_rn(1.0, temperature), 1.0)
+
+
+@triton.jit
+def log_probs(x, shift, inv, lz):
+    return (x - shift[:, None]) * inv - lz[:, None]
+
+
+@triton.jit
+def teacher_probs(t, shift, inv, lz, inputs):
+    """log p_t and p_t of a tile: from logits and log-probabilities alike, or from probabilities."""
+    b = log_probs(t, shift, inv, lz)
+    pt = tl.exp(b)
+    if inputs == 2:
+        b = tl.log(t)
+        pt = t
+    return b, pt
+
+
+@triton.jit
+def finite(m):
+    """A maximum that may be subtracted: 0 for a row, or a part of one, that is -inf throughout."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def _step(x):
+    """The distance of float32 x to its neighbours; 0 where it has none."""
+    step = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True) * 1.1920929e-07
+    return tl.where(step < float("inf"), step, 0.0)
+
+
+@triton.jit
+def split(exact):
+    """Float64 as a float32 and ten bits of what that lacks."""
+    x = exact.to(tl.float32)
+    step = _step(x)
+    part = (exact - x).to(tl.float32) / tl.where(step == 0.0, 1.0, step)
+    part = tl.where(tl.abs(part) <= 0.5, part, 0.0)
+    return x, (part * 1022.0 + 512.5).to(tl.int32)
+
+
+@triton.jit
+def whole(x, bits):
+    """Float64 from a float32 and its rest."""
+    return x.to(tl.float64) + (((bits & 1023) - 512).to(tl.float32) / 1022.0 * _step(x))
+
+
+@triton.jit
+def around(lse, temperature, inv):
+    """A float32 near temperature * lse to subtract from logits first, and what is then left of lse."""
+    shift = (lse * temperature).to(tl.float32)
+    return shift, (lse - shift.to(tl.float64) * inv.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def write_row(row, inside, live, losses, stats, kw, cw, D, CE, lse_s, lse_t, lse1, G_s, G_t, rests):
+    loss = tl.where(live, times(kw, D) + times(cw, CE), 0.0)
+    tl.store(losses + row, loss, mask=inside)
+    at = stats + row * 8
+    tl.store(at, tl.where(live, lse_s, 0.0), mask=inside)
+    tl.store(at + 1, tl.where(live, lse_t, 0.0), mask=inside)
+    tl.store(at + 2, tl.where(live, lse1, 0.0), mask=inside)
+    tl.store(at + 3, tl.where(live, G_s, 0.0), mask=inside)
+    tl.store(at + 4, tl.where(live, G_t, 0.0), mask=inside)
+    tl.store(at + 5, tl.where(live, D, 0.0), mask=inside)
+    tl.store(at + 6, tl.where(live, CE, 0.0), mask=inside)
+    tl.store(at + 7, tl.where(live, rests, 0.0), mask=inside)
+    return loss
+
+
+@triton.jit
+def sums(kind, inputs, D, G_s, G_t):
+    """The sums as they enter the gradient: exact where they are known, 0 where nothing was normalised."""
+    G_s = tl.where((kind == 0) | (kind == 7), -1.0, tl.where(kind == 1, D, G_s))
+    G_t = tl.where(kind == 1, -1.0, tl.where((kind == 0) | (kind == 7), D, G_t))
+    plain = inputs == 0
+    return tl.where(plain, G_s, 0.0), tl.where(plain, G_t, 0.0)
+
+
+@triton.jit
+def public_sums(kind, inputs, D, G_s, G_t):
+    """The sums as the statistics hold them, with the +p_t of forward and the +p_s of reverse KL."""
+    plain = inputs == 0
+    G_t = tl.where(plain & (kind == 0), D + 1.0, tl.where(plain & (kind == 1), -1.0, G_t))
+    G_s = tl.where(plain & (kind == 1), D + 1.0, tl.where(plain & (kind == 0), -1.0, G_s))
+    return G_s, G_t
+
+
+@triton.jit
+def moments(a, p, g, mask):
+    """sum a g, sum p a and sum g: of a temperature's gradient, - sum x g / T = - sum (a - mean a) g.
+
+    Gradients of a row add up to 0, to rounding; the mean keeps that rounding from being multiplied by log p.
+    """
+    ag = tl.where(mask & (g != 0.0), a * g, 0.0)
+    pa = tl.where(mask & (p != 0.0), p * a, 0.0)
+    return tl.sum(ag, 1), tl.sum(pa, 1), tl.sum(tl.where(mask, g, 0.0), 1)
