@@ -96,7 +96,7 @@ __device__ inline float row_weight(const Problem& p, int64_t row) {
 // ---------------------------------------------------------------------------- statistics
 
 // A float32 log-sum-exp of 20 is off by up to 1e-6, and so would be every probability that a
-// backward makes from it, ten times the error of a softmax. Seven more bits of each of the three
+// backward makes from it, several times a softmax's error. Seven more bits of each of the three
 // log-sum-exps travel in the last place of a row's statistics; as a float that is a subnormal, and
 // the 0 that other backends leave there means none.
 constexpr int kLseLow = 7;
