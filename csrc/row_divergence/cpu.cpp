@@ -33,7 +33,7 @@ struct Job {
   double class_weight_sum;
   int64_t threads;
 
-  bool logits() const { return inputs == 0; }
+  bool logits() const { return inputs == 0; }  // kLogits
   float inverse_ts() const { return logits() ? 1.f / scalars[kTs] : 1.f; }
   float inverse_tt() const { return logits() ? 1.f / scalars[kTt] : 1.f; }
   float row_weight(int64_t r) const {
@@ -139,29 +139,40 @@ struct TermSums {
 };
 
 struct TermTile {
-  const float *s, *t;                    // scores
-  float scale_s, scale_t, lse_s, lse_t;  // a = s * scale_s - lse_s
-  bool probabilities;                    // t holds probabilities
+  const float *s, *t;                // scores
+  float scale_s, scale_t;            // a = (s - ref_s) * scale_s - log_s
+  float ref_s, ref_t, log_s, log_t;  //
+  float norm_s, norm_t;              // logits: what makes the exponentials in ps and pt probabilities
   float p0, p1;
   float *ps, *pt, *g_s, *g_t;  // out
 };
 
-template <int kKind, bool kProbabilities>
+enum InputKind : int { kLogits = 0, kLogProbs = 1, kLogProbsAndProbs = 2 };
+
+template <int kKind, int kInputs>
 TermSums terms_tile(const TermTile& x, int64_t n) {
   const float *s = x.s, *t = x.t;
-  const float scale_s = x.scale_s, scale_t = x.scale_t, lse_s = x.lse_s, lse_t = x.lse_t, p0 = x.p0, p1 = x.p1;
+  const float scale_s = x.scale_s, scale_t = x.scale_t, ref_s = x.ref_s, ref_t = x.ref_t;
+  const float log_s = x.log_s, log_t = x.log_t, norm_s = x.norm_s, norm_t = x.norm_t, p0 = x.p0, p1 = x.p1;
   float *ps = x.ps, *pt = x.pt, *g_s = x.g_s, *g_t = x.g_t;
   float f = 0.f, sum_s = 0.f, sum_t = 0.f;
 #pragma omp simd reduction(+ : f, sum_s, sum_t)
   for (int64_t i = 0; i < n; ++i) {
-    const float a = s[i] * scale_s - lse_s;
-    float b;
-    if constexpr (kProbabilities)
-      b = vlog(t[i] == -INFINITY ? 0.f : t[i]);  // the padding has no mass
-    else
-      b = t[i] * scale_t - lse_t;
-    const float p = vexp(a), q = vexp(b);
-    const Terms v = terms(kKind, a, b, p, q, p0, p1);
+    float a, b, p, q;
+    if constexpr (kInputs == kLogits) {
+      a = (s[i] - ref_s) * scale_s - log_s, b = (t[i] - ref_t) * scale_t - log_t;
+      p = ps[i] * norm_s, q = pt[i] * norm_t;
+    } else {
+      a = s[i], p = vexp(a);
+      if constexpr (kInputs == kLogProbs) {
+        b = t[i], q = vexp(b);
+      } else {
+        q = t[i] == -INFINITY ? 0.f : t[i];  // the padding has no mass
+        b = vlog(q);
+      }
+    }
+    // The ends of JSD(beta) were made KLs by make_job.
+    const Terms v = kKind == kJSD ? jsd_interior(a, b, p, q, p0) : terms(kKind, a, b, p, q, p0, p1);
     ps[i] = p;
     pt[i] = q;
     g_s[i] = v.g_s;
@@ -174,15 +185,16 @@ TermSums terms_tile(const TermTile& x, int64_t n) {
 }
 
 template <int... kKind>
-TermSums dispatch_terms(int kind, const TermTile& x, int64_t n, std::integer_sequence<int, kKind...>) {
+TermSums dispatch_terms(int kind, int inputs, const TermTile& x, int64_t n,
+                        std::integer_sequence<int, kKind...>) {
   using Tile = TermSums (*)(const TermTile&, int64_t);
-  static constexpr Tile logs[] = {terms_tile<kKind, false>...};
-  static constexpr Tile probabilities[] = {terms_tile<kKind, true>...};
-  return (x.probabilities ? probabilities : logs)[kind](x, n);
+  static constexpr Tile table[][kKinds] = {
+      {terms_tile<kKind, kLogits>...}, {terms_tile<kKind, kLogProbs>...}, {terms_tile<kKind, kLogProbsAndProbs>...}};
+  return table[inputs][kind](x, n);
 }
 
-TermSums terms_of(int kind, const TermTile& x, int64_t n) {
-  return dispatch_terms(kind, x, n, std::make_integer_sequence<int, kKinds>{});
+TermSums terms_of(int kind, int inputs, const TermTile& x, int64_t n) {
+  return dispatch_terms(kind, inputs, x, n, std::make_integer_sequence<int, kKinds>{});
 }
 
 // out = x * (g - p * sum)
@@ -215,7 +227,8 @@ class RowKernel {
     student_ = {student, job.inverse_ts(), take(full), take(tiles)};
     teacher_ = {teacher, job.inverse_tt(), take(full), take(tiles)};
     hard_ = {student, 1.f, student_.e, student_.top};
-    if (job.hard && job.scalars[kTs] != 1.f) hard_.e = take(full), hard_.top = take(tiles);
+    // At temperature 1 the KL kinds leave the exponentials as the hard-label term wants them.
+    if (job.hard && !(fused() && job.scalars[kTs] == 1.f)) hard_.e = take(full), hard_.top = take(tiles);
     g_s_ = take(full);
     g_t_ = take(full);
   }
@@ -234,10 +247,9 @@ class RowKernel {
     kd_ = job_.kd * weight_ * upstream;
     ce_ = job_.ce * weight_ * upstream;
     learn_temperature_ = by_temperature && job_.logits();
-    const bool fused = job_.logits() && (job_.kind == kForwardKL || job_.kind == kReverseKL);
-    const bool reverse = job_.kind == kReverseKL;
+    const bool reverse = job_.kind == kReverseKL, in_one = fused() || decoupled();
     double shift = 0.0;
-    if (fused) {
+    if (in_one) {
       shift = reverse ? kl_sums(student_, teacher_, stats) : kl_sums(teacher_, student_, stats);
       stats[reverse ? kGt : kGs] = -1.f;
       stats[reverse ? kGs : kGt] = stats[kDiv] + 1.f;
@@ -246,10 +258,11 @@ class RowKernel {
       exponential_row(teacher_);
     }
     if (job_.logits()) stats[kLseS] = student_.lse(), stats[kLseT] = teacher_.lse();
-    if (!fused) term_sums(stats);
+    if (!in_one) term_sums(stats);
+    if (decoupled()) decouple(stats);
     if (job_.hard) hard_sums(stats);
     if (student_.d || teacher_.d || learn_temperature_) {
-      if (!fused) term_gradients(stats);
+      if (!in_one) term_gradients(stats);
       else if (reverse) kl_gradients(student_, teacher_, shift);
       else kl_gradients(teacher_, student_, shift);
     }
@@ -280,6 +293,20 @@ class RowKernel {
     float lse() const { return static_cast<float>(static_cast<double>(run.ref) * scale + run.log_z()); }
   };
 
+  bool fused() const { return job_.logits() && (job_.kind == kForwardKL || job_.kind == kReverseKL); }
+  bool decoupled() const { return job_.kind == kDecoupledKL; }
+
+  // A tile of scores; a decoupled KL does not see the label's class.
+  const float* scores(const Side& x, int64_t start, int64_t n, float* buffer) const {
+    const float* tile = x.tile(start, n, buffer);
+    if (!decoupled()) return tile;
+    const int64_t y = job_.labels[r_] - start;
+    if (y < 0 || y >= n) return tile;
+    if (tile != buffer) memcpy(buffer, tile, static_cast<size_t>(padded(n)) * sizeof(float));
+    buffer[y] = -INFINITY;
+    return buffer;
+  }
+
   void zero() {
     student_.zero(job_.classes);
     teacher_.zero(job_.classes);
@@ -300,13 +327,16 @@ class RowKernel {
   double kl_sums(Side& p, Side& q, float* stats) {
     double cross = 0.0;
     for_tiles(job_.classes, [&](int64_t k, int64_t start, int64_t n) {
-      const float *xp = p.tile(start, n, buffer_[0]), *xq = q.tile(start, n, buffer_[1]);
+      const float *xp = scores(p, start, n, buffer_[0]), *xq = scores(q, start, n, buffer_[1]);
       const int64_t m = padded(n);
       const double ref_p = p.run.ref, ref_q = q.run.ref, z = p.run.z;
       const float factor = p.run.raise(largest(xp, m));
       q.run.raise(largest(xq, m));
-      // The sum so far was relative to the old refs.
-      if (z > 0.0)
+      // The sum so far was relative to the old refs. Mass that is none by now contributes none, even
+      // where it stood against an infinity.
+      if (factor == 0.f)
+        cross = 0.0;
+      else if (z > 0.0)
         cross = (cross + z * ((ref_p - p.run.ref) * p.run.c - (ref_q - q.run.ref) * q.run.c)) * factor;
       const TileSums sums = kl_tile(xp, xq, m, p.run, q.run, p.e + start, q.e + start);
       p.run.z += sums.zp;
@@ -315,47 +345,70 @@ class RowKernel {
       p.top[k] = p.run.top;
       q.top[k] = q.run.top;
     });
+    if (p.run.z == 0.0 && decoupled()) return 0.0;  // the label's is the only class
     const double log_ratio = q.run.log_z() - p.run.log_z(), value = cross / p.run.z * kLn2 + log_ratio;
     stats[kDiv] = static_cast<float>(value);
     return log_ratio - value;
   }
 
+  // From the KL over the other classes to alpha * (KL of label against rest) + beta * (that KL).
+  void decouple(float* stats) {
+    const float alpha = job_.scalars[kP0], beta = job_.scalars[kP1];
+    binary_ = {0.f, 0.f, 0.f};
+    if (teacher_.run.z > 0.0 && student_.run.z > 0.0) {
+      const double y_s = load_one(student_.x, student_.type, job_.labels[r_]);
+      const double y_t = load_one(teacher_.x, teacher_.type, job_.labels[r_]);
+      binary_ = binary_kl(static_cast<float>((y_s - student_.run.ref) * student_.scale - student_.run.log_z()),
+                          static_cast<float>((y_t - teacher_.run.ref) * teacher_.scale - teacher_.run.log_z()));
+    }
+    stats[kDiv] = times(alpha, binary_.value) + times(beta, stats[kDiv]);
+  }
+
   void kl_gradients(Side& p, Side& q, double shift) {
-    const float cp = kd_ * p.scale, cq = kd_ * q.scale, offset = static_cast<float>(shift);
+    const float alpha = decoupled() ? job_.scalars[kP0] : 0.f, beta = decoupled() ? job_.scalars[kP1] : 1.f;
+    const float cp = kd_ * p.scale * beta, cq = kd_ * q.scale * beta, offset = static_cast<float>(shift);
+    // What a decoupled KL takes off every other class, in parts of its probability, and gives the label.
+    const float label_q = kd_ * q.scale * alpha * binary_.by_s, label_p = kd_ * p.scale * alpha * binary_.by_t;
     for_tiles(job_.classes, [&](int64_t k, int64_t start, int64_t n) {
       const int64_t m = padded(n);
       const float fp = p.run.to_probability(p.top[k]), fq = q.run.to_probability(q.top[k]);
       const float *ep = p.e + start, *eq = q.e + start;
       if (q.d || learn_temperature_) {
         float* g = q.gradient_tile(start, n, buffer_[2]);
-        const float wp = cq * fp, wq = cq * fq;
+        const float wp = cq * fp, wq = (cq - label_q) * fq;
 #pragma omp simd
         for (int64_t i = 0; i < m; ++i) g[i] = wq * eq[i] - wp * ep[i];
+        if (decoupled()) set_label(start, n, g, label_q);
         finish(q, k, start, n, g);
       }
       if (p.d || learn_temperature_) {
         const float *xp = p.tile(start, n, buffer_[0]), *xq = q.tile(start, n, buffer_[1]);
         float* g = p.gradient_tile(start, n, buffer_[3]);
-        const float ref_p = p.run.ref, ref_q = q.run.ref, sp = p.scale, sq = q.scale, wp = cp * fp;
+        const float ref_p = p.run.ref, ref_q = q.run.ref, sp = p.scale, sq = q.scale, wp = cp * fp, wl = label_p * fp;
 #pragma omp simd
         for (int64_t i = 0; i < m; ++i) {
           const float difference = (xp[i] - ref_p) * sp - (xq[i] - ref_q) * sq + offset;
-          g[i] = ep[i] > 0.f ? wp * ep[i] * difference : 0.f;
+          g[i] = ep[i] > 0.f ? (wp * difference - wl) * ep[i] : 0.f;
         }
+        if (decoupled()) set_label(start, n, g, label_p);
         finish(p, k, start, n, g);
       }
     });
   }
 
+  // Sweep two: values and derivatives, with probabilities in the place of the exponentials.
   void term_sums(float* stats) {
     double f = 0.0, g_s = 0.0, g_t = 0.0;
-    for_tiles(job_.classes, [&](int64_t, int64_t start, int64_t n) {
-      // Probabilities take the place of the exponentials, whose tops are stale.
+    const float log_s = job_.logits() ? static_cast<float>(student_.run.log_z()) : 0.f;
+    const float log_t = job_.logits() ? static_cast<float>(teacher_.run.log_z()) : 0.f;
+    for_tiles(job_.classes, [&](int64_t k, int64_t start, int64_t n) {
       const TermTile x{student_.tile(start, n, buffer_[0]), teacher_.tile(start, n, buffer_[1]),
-                       student_.scale, teacher_.scale, stats[kLseS], stats[kLseT],
-                       job_.inputs == 2, job_.scalars[kP0], job_.scalars[kP1],
+                       student_.scale, teacher_.scale, student_.run.ref, teacher_.run.ref, log_s, log_t,
+                       job_.logits() ? student_.run.to_probability(student_.top[k]) : 1.f,
+                       job_.logits() ? teacher_.run.to_probability(teacher_.top[k]) : 1.f,
+                       job_.scalars[kP0], job_.scalars[kP1],
                        student_.e + start, teacher_.e + start, g_s_ + start, g_t_ + start};
-      const TermSums sums = terms_of(job_.kind, x, padded(n));
+      const TermSums sums = terms_of(job_.kind, job_.inputs, x, padded(n));
       f += sums.f;
       g_s += sums.g_s;
       g_t += sums.g_t;
@@ -382,13 +435,6 @@ class RowKernel {
     });
   }
 
-  // How much of the student's softmax the hard-label gradient has.
-  float label_share() const {
-    const double eps = job_.scalars[kSmoothing];
-    return static_cast<float>((1.0 - eps) * job_.label_weight(r_) +
-                              eps / static_cast<double>(job_.classes) * job_.class_weight_sum);
-  }
-
   void hard_sums(float* stats) {
     if (hard_.e != student_.e) exponential_row(hard_);
     else hard_.run = student_.run;
@@ -407,33 +453,37 @@ class RowKernel {
     for_tiles(job_.classes, [&](int64_t, int64_t start, int64_t n) {
       const float* s = student_.tile(start, n, buffer_[0]);
       const float* cw = job_.class_weight ? job_.class_weight + start : nullptr;
-      for (int64_t i = 0; i < n; ++i) sum += cw ? cw[i] * s[i] : s[i];
+      for (int64_t i = 0; i < n; ++i) sum += cw ? double(cw[i]) * s[i] : s[i];
     });
     return sum;
   }
 
-  void subtract_targets(int64_t start, int64_t n, float* g) const {
-    const float eps = job_.scalars[kSmoothing];
-    if (eps != 0.f) {
-      const float share = ce_ * eps / static_cast<float>(job_.classes);
-      const float* cw = job_.class_weight;
-      for (int64_t i = 0; i < n; ++i) g[i] -= share * (cw ? cw[start + i] : 1.f);
-    }
+  void set_label(int64_t start, int64_t n, float* g, float value) const {
     const int64_t y = job_.labels[r_] - start;
-    if (y >= 0 && y < n) g[y] -= ce_ * (1.f - eps) * job_.label_weight(r_);
+    if (y >= 0 && y < n) g[y] = value;
+  }
+
+  // The hard-label gradient of a tile: p less the targets, in pairs that cancel exactly where p is 1.
+  void add_hard_gradient(int64_t k, int64_t start, int64_t n, float* g) const {
+    const float eps = job_.scalars[kSmoothing], own = ce_ * (1.f - eps) * job_.label_weight(r_);
+    const float to_p = hard_.run.to_probability(hard_.top[k]), share = own * to_p;
+    const float* e = hard_.e + start;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) g[i] += share * e[i];
+    const int64_t y = job_.labels[r_] - start;
+    if (y >= 0 && y < n) g[y] -= own;
+    if (eps == 0.f) return;
+    const float smooth = ce_ * eps / static_cast<float>(job_.classes);
+    const float to_mass = to_p * static_cast<float>(job_.class_weight_sum);
+    const float* cw = job_.class_weight ? job_.class_weight + start : nullptr;
+    for (int64_t i = 0; i < n; ++i) g[i] += smooth * (to_mass * e[i] - (cw ? cw[i] : 1.f));
   }
 
   // A tile of the divergence's gradient: what the temperature learns from it, the hard-label term's
   // part of the student's, and the way to memory.
   void finish(Side& x, int64_t k, int64_t start, int64_t n, float* g) {
     if (learn_temperature_) x.dot += dot(x.tile(start, n, buffer_[4]), g, n);
-    if (job_.hard && &x == &student_) {
-      const float share = ce_ * label_share() * hard_.run.to_probability(hard_.top[k]);
-      const float* e = hard_.e + start;
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) g[i] += share * e[i];
-      subtract_targets(start, n, g);
-    }
+    if (job_.hard && &x == &student_) add_hard_gradient(k, start, n, g);
     x.store(start, n, g);
   }
 
@@ -442,6 +492,7 @@ class RowKernel {
   const float weight_;
   float kd_ = 0.f, ce_ = 0.f;
   bool learn_temperature_ = false;
+  Binary binary_{0.f, 0.f, 0.f};
   Side student_, teacher_, hard_;  // hard_: the student at temperature 1
   float *g_s_, *g_t_;
   float* buffer_[kBuffers];

@@ -16,9 +16,10 @@ enum Kind : int {
   kSkewReverseKL = 4,  // p0 = the student's share of the mixture
   kTotalVariation = 5,
   kAlphaBeta = 6,  // p0 = alpha, p1 = beta
-  kSoftCE = 7,
-  kSymmetricKL = 8,  // p0 = the forward KL's weight
-  kKinds = 9,
+  kSoftCE = 7,         // p0 = the uniform mass mixed into the student, p1 = p0 / V
+  kSymmetricKL = 8,    // p0 = the forward KL's weight
+  kKinds = 9,          // those above have terms(), class by class
+  kDecoupledKL = 9,    // p0 = alpha of the label's binary KL, p1 = beta of the other classes' KL
 };
 
 // Places in the float32[8] tensors `scalars` and `stats`.
@@ -63,12 +64,16 @@ KDK_HD Terms skew_kl(float a, float b, float ps, float pt, float share) {
   return {f, -pt * r, f + pt * r};
 }
 
-KDK_HD Terms jsd(float a, float b, float ps, float pt, float beta) {
-  if (beta <= 0.f) return forward_kl(a, b, ps, pt);
-  if (beta >= 1.f) return swapped(forward_kl(b, a, pt, ps));
+KDK_HD Terms jsd_interior(float a, float b, float ps, float pt, float beta) {
   const float m = log_mix(b, a, beta);
   const float g_s = (1.f - beta) * times(ps, a - m), g_t = beta * times(pt, b - m);
   return {g_s + g_t, g_s, g_t};
+}
+
+KDK_HD Terms jsd(float a, float b, float ps, float pt, float beta) {
+  if (beta <= 0.f) return forward_kl(a, b, ps, pt);
+  if (beta >= 1.f) return swapped(forward_kl(b, a, pt, ps));
+  return jsd_interior(a, b, ps, pt, beta);
 }
 
 KDK_HD Terms total_variation(float ps, float pt) {
@@ -76,9 +81,26 @@ KDK_HD Terms total_variation(float ps, float pt) {
   return {0.5f * fabsf(d), 0.5f * sign * ps, -0.5f * sign * pt};
 }
 
-KDK_HD Terms soft_ce(float a, float pt) {
-  const float f = times(pt, -a);
-  return {f, -pt, f};
+KDK_HD Terms soft_ce(float a, float ps, float pt, float uniform, float uniform_each) {
+  const bool mixed = uniform_each > 0.f;
+  const float f = times(pt, mixed ? -vlog((ps + uniform_each) / (1.f + uniform)) : -a);
+  return {f, mixed ? -pt * ps / (ps + uniform_each) : -pt, f};
+}
+
+// The label's half of a decoupled KL: KL between two Bernoulli variables, from their log-odds.
+struct Binary {
+  float value, by_s, by_t;  // and its derivatives by the log-odds
+};
+KDK_HD float log_sigmoid(float u) {
+  const float tail = -vlog(1.f + vexp(-fabsf(u)));
+  return u < 0.f ? u + tail : tail;
+}
+KDK_HD Binary binary_kl(float u_s, float u_t) {
+  const float yes_s = log_sigmoid(u_s), no_s = log_sigmoid(-u_s);
+  const float yes_t = log_sigmoid(u_t), no_t = log_sigmoid(-u_t);
+  const float p = vexp(yes_t), q = vexp(no_t);
+  return {times(p, yes_t - yes_s) + times(q, no_t - no_s), u_s < u_t ? vexp(no_t) - vexp(no_s) : vexp(yes_s) - p,
+          times(p * q, u_t - u_s)};
 }
 
 KDK_HD Terms symmetric_kl(float a, float b, float ps, float pt, float w) {
@@ -93,6 +115,18 @@ KDK_HD Terms symmetric_kl(float a, float b, float ps, float pt, float w) {
 // (e^x - 1) / x.
 KDK_HD float phi(float x) { return fabsf(x) < 1e-6f ? 1.f + 0.5f * x : vexpm1(x) / x; }
 
+// sum over n of h_n(v, w) / (n + 2)!, where h_n = v h_(n-1) + w^n: a recursion, not a loop, since a
+// loop inside would keep the loop over classes from being vectorised.
+template <int n>
+KDK_HD float divided_series(float v, float w, float h, float power, float inverse_factorial) {
+  if constexpr (n <= 9) {
+    const float next = inverse_factorial / static_cast<float>(n + 2);
+    return h * inverse_factorial + divided_series<n + 1>(v, w, v * h + power * w, power * w, next);
+  } else {
+    return h * inverse_factorial;
+  }
+}
+
 // The second divided difference of exp over three nodes: what alpha-beta's formula is once its
 // divisions by alpha, beta and alpha + beta are carried out, so that no limit is a special case.
 KDK_HD float exp_divided_difference(float x, float y, float z) {
@@ -101,39 +135,25 @@ KDK_HD float exp_divided_difference(float x, float y, float z) {
   const float inner = high_xy < z ? high_xy : z, mid = low_xy > inner ? low_xy : inner;
   const float v = mid - lo, w = hi - lo;
   const float far = (vexp(mid) * phi(hi - mid) - vexp(lo) * phi(v)) / w;
-  // Close together: sum_n h_n(v, w) / (n + 2)!, h_n = v h_(n-1) + w^n.
-  float h = 1.f, power = 1.f, inverse_factorial = 0.5f, sum = 0.5f;
-#pragma GCC unroll 9
-  for (int n = 1; n <= 9; ++n) {
-    power *= w;
-    h = v * h + power;
-    inverse_factorial /= static_cast<float>(n + 2);
-    sum += h * inverse_factorial;
-  }
-  return w > 1.f ? far : vexp(lo) * sum;
+  return w > 1.f ? far : vexp(lo) * divided_series<1>(v, w, 1.f, 1.f, 0.5f);
 }
 
 // Cichocki, Cruces and Amari (2011), with P the teacher and Q the student.
 KDK_HD Terms alpha_beta(float a, float b, float alpha, float beta) {
   const float sum = alpha + beta, u = b - a;
-  const bool both = a > -INFINITY && b > -INFINITY;
-  const float x = both ? a : 0.f, y = both ? b : 0.f, d = both ? u : 0.f;
+  const bool empty_s = a == -INFINITY, empty_t = b == -INFINITY, ordinary = !(empty_s | empty_t);
+  const float x = ordinary ? a : 0.f, y = ordinary ? b : 0.f, d = ordinary ? u : 0.f;
   const float f = d * d * exp_divided_difference(sum * x, alpha * y + beta * x, sum * y);
   const float g_s = -vexp(sum * x) * d * phi(alpha * d), g_t = vexp(sum * y) * d * phi(-beta * d);
   // One side or both without mass. With alpha, beta > 0 the cross term is gone; beta = 0 leaves the
   // student's own mass and alpha = 0 the teacher's; anything else diverges. (Both: all terms are 0.)
-  const float es = b > a || !(a > -INFINITY) ? 0.f : vexp(sum * a);
-  const float et = a > b || !(b > -INFINITY) ? 0.f : vexp(sum * b);
-  const bool none = !(a > -INFINITY) && !(b > -INFINITY);
-  const bool keeps_s = alpha > 0.f && (beta > 0.f || (beta == 0.f && !(et > 0.f)));
-  const bool keeps_t = beta > 0.f && (alpha > 0.f || (alpha == 0.f && !(es > 0.f)));
+  const float es = empty_s ? 0.f : vexp(sum * a), et = empty_t ? 0.f : vexp(sum * b);
+  const bool keeps_s = (alpha > 0.f) & ((beta > 0.f) | ((beta == 0.f) & (et == 0.f)));
+  const bool keeps_t = (beta > 0.f) & ((alpha > 0.f) | ((alpha == 0.f) & (es == 0.f)));
   const float edge_s = keeps_s ? es / (alpha * sum) : 0.f, edge_t = keeps_t ? et / (beta * sum) : 0.f;
-  const float edge = keeps_s || keeps_t ? edge_s + edge_t : INFINITY;
+  const float edge = keeps_s | keeps_t ? edge_s + edge_t : INFINITY;
   const float edge_gs = keeps_s ? es / alpha : 0.f, edge_gt = keeps_t ? et / beta : 0.f;
-  // NaN takes the ordinary branch, where it stays.
-  const bool ordinary = !(a == -INFINITY || b == -INFINITY);
-  const float nan = ordinary ? u - u : 0.f;
-  return {ordinary ? f + nan : none ? 0.f : edge, ordinary ? g_s + nan : edge_gs, ordinary ? g_t + nan : edge_gt};
+  return {ordinary ? f : (empty_s & empty_t ? 0.f : edge), ordinary ? g_s : edge_gs, ordinary ? g_t : edge_gt};
 }
 
 KDK_HD Terms finite_terms(int kind, float a, float b, float ps, float pt, float p0, float p1) {
@@ -145,7 +165,7 @@ KDK_HD Terms finite_terms(int kind, float a, float b, float ps, float pt, float 
     case kSkewReverseKL: return swapped(skew_kl(b, a, pt, ps, p0));
     case kTotalVariation: return total_variation(ps, pt);
     case kAlphaBeta: return alpha_beta(a, b, p0, p1);
-    case kSoftCE: return soft_ce(a, pt);
+    case kSoftCE: return soft_ce(a, ps, pt, p0, p1);
     default: return symmetric_kl(a, b, ps, pt, p0);
   }
 }

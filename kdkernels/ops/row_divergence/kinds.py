@@ -13,8 +13,9 @@ class Kind(enum.IntEnum):
     SKEW_REVERSE_KL = 4  # p0 = the student's share of the mixture
     TOTAL_VARIATION = 5
     ALPHA_BETA = 6  # p0 = alpha, p1 = beta
-    SOFT_CROSS_ENTROPY = 7
+    SOFT_CROSS_ENTROPY = 7  # p0 = the uniform mass mixed into the student, p1 = p0 / V
     SYMMETRIC_KL = 8  # p0 = the forward KL's weight
+    DECOUPLED_KL = 9  # p0 = alpha of the label's binary KL, p1 = beta of the other classes' KL
 
 
 class Inputs(enum.IntEnum):

@@ -51,6 +51,22 @@ def _alpha_beta(a: torch.Tensor, b: torch.Tensor, alpha: float, beta: float) -> 
     return f.masked_fill(empty, 0.0)
 
 
+def _decoupled(
+    a: torch.Tensor, b: torch.Tensor, label: torch.Tensor, alpha: float | torch.Tensor, beta: float | torch.Tensor
+) -> torch.Tensor:
+    """alpha KL(label against the rest) + beta KL(among the rest)."""
+    if a.shape[-1] == 1:
+        return ((a + b) * 0).sum(-1)  # there is no rest
+    index = label.unsqueeze(-1)
+    rest_a, rest_b = a.scatter(-1, index, -math.inf), b.scatter(-1, index, -math.inf)
+    no_a, no_b = rest_a.logsumexp(-1), rest_b.logsumexp(-1)
+    yes_a, yes_b = a.gather(-1, index).squeeze(-1), b.gather(-1, index).squeeze(-1)
+    binary = _xdiff(yes_b.exp(), yes_b, yes_a) + _xdiff(no_b.exp(), no_b, no_a)
+    rest_b = rest_b - no_b.unsqueeze(-1)
+    rest = _xdiff(rest_b.exp(), rest_b, rest_a - no_a.unsqueeze(-1)).sum(-1)
+    return alpha * binary + beta * rest
+
+
 def divergence(
     kind: Kind, a: torch.Tensor, b: torch.Tensor, p0: float | torch.Tensor, p1: float | torch.Tensor
 ) -> torch.Tensor:
@@ -76,7 +92,7 @@ def divergence(
     elif kind == Kind.ALPHA_BETA:
         f = _alpha_beta(a, b, value, float(p1))
     elif kind == Kind.SOFT_CROSS_ENTROPY:
-        f = _xdiff(pt, torch.zeros_like(a), a)
+        f = _xdiff(pt, torch.zeros_like(a), a if value == 0 else torch.log((ps + p1) / (1 + p0)))
     else:
         f = torch.zeros_like(a)
         if value != 0:
@@ -124,7 +140,12 @@ def row_divergence(
     else:
         a, b = s, t.log() if inputs == Inputs.LOG_PROBS_AND_PROBS else t
     scale = kd_weight * temperature**2 if scale_by_t2 else kd_weight
-    kd = (w * divergence(kind, a, b, p0, p1)).where(kept, 0.0) * scale
+    if kind == Kind.DECOUPLED_KL:
+        assert labels is not None
+        rows_kd = _decoupled(a, b, labels.where(kept, 0), p0, p1)
+    else:
+        rows_kd = divergence(kind, a, b, p0, p1)
+    kd = (w * rows_kd).where(kept, 0.0) * scale
 
     ce = torch.zeros_like(kd)
     ce_mass = w
