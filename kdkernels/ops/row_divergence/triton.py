@@ -40,14 +40,15 @@ def plan(classes: int, rows: int, inner: int, strided: bool) -> Plan:
     C = _power(classes)
     resident = classes <= (RESIDENT_COLUMNS if strided else RESIDENT_ROWS)
     if strided:
-        # At least 32 neighbouring rows, so that a load fills its sectors.
+        # At least 16 neighbouring rows, so that a load fills its sectors of 32 bytes.
         C = C if resident else 32
-        R = min(max(TILE // C, 32), 256)
+        R = min(max(TILE // C, 16), 256)
     else:
         C = C if resident else TILE
         R = _power(rows) if rows * C <= ALONE else max(TILE // C, 1)
     R = min(R, _power(inner))
-    warps = min(max(R * C // 256, 1), 16)
+    # A strided tile needs an address an element: more registers, so fewer threads.
+    warps = min(max(R * C // 256, 1), 8 if strided else 16)
     return Plan(R, C, warps, resident)
 
 
@@ -299,6 +300,7 @@ def aot_signatures() -> list[dict]:
         ("8192 any kind, both gradients, f32", resident, short, "fp32", "st", False, True, False),
         ("64x100 CE + KL", resident, small, "fp32", "s", False, False, True),
         ("NCHW 19 KL", resident, image, "bf16", "s", True, False, False),
+        ("NCHW 150 CE + KL", resident, plan(150, 16384, 8192, True), "bf16", "st", True, False, True),
         ("NCHW 1000 KL", looped, wide_image, "bf16", "s", True, False, False),
     ]
     return [_compiled(*row) for row in rows]

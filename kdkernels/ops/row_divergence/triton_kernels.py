@@ -92,7 +92,7 @@ def _gradient_sweep(
     return times(rest_s, mean_s) - sum_s, times(rest_t, mean_t) - sum_t
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kind", "inputs", "ignore_index", "blocks"])
 def looped_kernel(
     student, teacher, labels, weight, class_weight, scalars, divisors, losses, stats, ds, dt,
     ts, tt, kd, ce, eps, p0, p1, inner, V,
@@ -134,7 +134,7 @@ def looped_kernel(
     # sum e^y (y - x), with x and y relative to their maxima; for reverse KL the two change places.
     x_y = tl.zeros([R], tl.float32)
     if HARD:
-        x_y = tl.load(s_row + y * s_c, mask=live, other=0.0).to(tl.float32)
+        x_y = tl.load(s_row + y.to(tl.int64) * s_c, mask=live, other=0.0).to(tl.float32)
     m_s = tl.full([R], float("-inf"), tl.float32)
     m_t = tl.full([R], float("-inf"), tl.float32)
     base_s = tl.zeros([R], tl.float32)
@@ -250,7 +250,7 @@ def looped_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kind", "inputs", "ignore_index", "blocks", "count", "rows", "up"])
 def resident_kernel(
     student, teacher, labels, weight, class_weight, scalars, divisors, losses, total, stats, upstream,
     ds, dt, temperature_grad, ts, tt, kd, ce, eps, p0, p1, inner, V, up,
@@ -373,7 +373,7 @@ def resident_kernel(
         store(dt + o * dt_o + i * dt_i, cols, dt_c, here, tl.where(live[:, None], h, 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kind", "inputs", "ignore_index", "blocks", "up"])
 def backward_kernel(
     student, teacher, labels, weight, class_weight, scalars, divisors, stats, upstream, ds, dt, temperature_grad,
     ts, tt, kd, ce, eps, p0, p1, inner, V, up,
@@ -444,7 +444,7 @@ def backward_kernel(
         tl.store(temperature_grad + row * 2 + 1, tl.where(live & plain, sum_t, 0.0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "V", "ignore_index", "count", "stride"])
 def count_kernel(
     labels, weight, class_weight, out, rows, V, ignore_index, count, stride, B: tl.constexpr, FINAL: tl.constexpr
 ):
@@ -461,7 +461,7 @@ def count_kernel(
         tl.store(out + tl.num_programs(0) + pid, n1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "stride"])
 def sum_kernel(x, out, n, stride, B: tl.constexpr):
     """out[p] = sum of x, every program its own blocks in a fixed order."""
     pid = tl.program_id(0)

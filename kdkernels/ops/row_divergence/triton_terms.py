@@ -167,7 +167,7 @@ def load_row(row, inside, labels, weight, class_weight, V, ignore_index, HARD: t
     cwy = tl.where(inside, 1.0, 0.0)
     if HARD and class_weight is not None:
         cwy = tl.load(class_weight + y, mask=inside & (w != 0.0), other=0.0)
-    return y, cwy, w
+    return y.to(tl.int32), cwy, w
 
 
 @triton.jit

@@ -16,7 +16,7 @@ BLOCK = 4096
 PROGRAMS = 1024  # few enough that leaving at once, when the factor is 1, costs one wave
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step"])
 def scale_kernel(x, factor, n, step, B: tl.constexpr):
     f = tl.load(factor)
     if f != 1.0:
