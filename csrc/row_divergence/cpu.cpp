@@ -172,7 +172,12 @@ TermSums terms_tile(const TermTile& x, int64_t n) {
       }
     }
     // The ends of JSD(beta) were made KLs by make_job.
-    const Terms v = kKind == kJSD ? jsd_interior(a, b, p, q, p0) : terms(kKind, a, b, p, q, p0, p1);
+    Terms v = kKind == kJSD ? jsd_interior(a, b, p, q, p0) : terms(kKind, a, b, p, q, p0, p1);
+    if constexpr (kKind == kSymmetricKL && kInputs == kLogits) {
+      // The softmax behind the scores ignores multiples of the probabilities; they only round.
+      v.g_s -= (1.f - p0) * p;
+      v.g_t -= p0 * q;
+    }
     ps[i] = p;
     pt[i] = q;
     g_s[i] = v.g_s;

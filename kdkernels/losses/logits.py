@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,33 @@ from kdkernels.losses.module import LossModule
 from kdkernels.ops.row_divergence.kinds import Inputs, Kind
 from kdkernels.ops.row_divergence.op import row_divergence
 from kdkernels.ops.scalars import Number
+
+# The soft terms that distillation_loss can take: kind, and the names and defaults of its parameters.
+DIVERGENCES: dict[str, tuple[Kind, dict[str, float]]] = {
+    "forward_kl": (Kind.FORWARD_KL, {}),
+    "reverse_kl": (Kind.REVERSE_KL, {}),
+    "symmetric_kl": (Kind.SYMMETRIC_KL, {"ratio": 0.5}),
+    "js": (Kind.JSD, {"beta": 0.5}),
+    "skew_kl": (Kind.SKEW_KL, {"skew": 0.1}),
+    "skew_reverse_kl": (Kind.SKEW_REVERSE_KL, {"skew": 0.1}),
+    "total_variation": (Kind.TOTAL_VARIATION, {}),
+    "alpha_beta": (Kind.ALPHA_BETA, {"alpha": 0.5, "beta": 0.5}),
+    "soft_cross_entropy": (Kind.SOFT_CROSS_ENTROPY, {}),
+    "decoupled_kl": (Kind.DECOUPLED_KL, {"alpha": 1.0, "beta": 8.0}),
+}
+
+
+def _soft_term(divergence: str, options: Mapping[str, Number] | None) -> tuple[Kind, list[Number]]:
+    """The kind of a divergence and its parameters, checked."""
+    checks.choice("divergence", divergence, tuple(DIVERGENCES))
+    kind, defaults = DIVERGENCES[divergence]
+    for name, value in (options or {}).items():
+        if name not in defaults:
+            raise ValueError(f"divergence {divergence!r} has no option {name!r}; it has {sorted(defaults) or 'none'}")
+        bounded = kind not in (Kind.ALPHA_BETA, Kind.DECOUPLED_KL)
+        checks.number(name, value, **({"low": 0, "high": 1} if bounded else {}))
+    values: list[Number] = list({**defaults, **(options or {})}.values())
+    return kind, (values + [0.0, 0.0])[:2]
 
 
 def _call(
@@ -29,10 +57,11 @@ def _call(
     num_items: Number | None,
     from_log_probs: bool = False,
     class_weight: torch.Tensor | None = None,
+    what: str = "logits",
     **options: Any,
 ) -> torch.Tensor:
     """Validates what all logit losses have in common, and runs the operator."""
-    dim = checks.scores("student_logits", student, "teacher_logits", teacher, dim)
+    dim = checks.scores(f"student_{what}", student, f"teacher_{what}", teacher, dim)
     checks.number("temperature", temperature, low=0, open_low=True, learnable=True)
     checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, learnable=True)
     checks.number("num_items", num_items, low=0, open_low=True)
@@ -123,6 +152,8 @@ def distillation_loss(
     temperature: Number = 4.0,
     alpha: Number = 0.9,
     *,
+    divergence: str = "forward_kl",
+    divergence_options: Mapping[str, Number] | None = None,
     teacher_temperature: Number | None = None,
     scale_by_t2: bool = True,
     label_smoothing: float = 0.0,
@@ -145,6 +176,9 @@ def distillation_loss(
         labels: class indices, the shape of the logits without the class axis.
         temperature: T > 0 of the distillation term, a number or a tensor with one element; may require grad.
         alpha: the weight of the distillation term, between 0 and 1, a number or a tensor with one element.
+        divergence: the distillation term: "forward_kl", or "reverse_kl", "symmetric_kl", "js", "skew_kl",
+            "skew_reverse_kl", "total_variation", "alpha_beta", "soft_cross_entropy", "decoupled_kl".
+        divergence_options: its parameters by name, e.g. {"beta": 0.1} for "js"; see the function of that divergence.
         teacher_temperature: the teacher's own T; default: the student's.
         scale_by_t2: multiply the distillation term by the square of the student's temperature.
         label_smoothing: as in torch's cross_entropy, between 0 and 1.
@@ -168,15 +202,17 @@ def distillation_loss(
 
     Against others: torchdistill's alpha weighs the cross-entropy (pass 1 - alpha).
     """
+    kind, (p0, p1) = _soft_term(divergence, divergence_options)
     checks.number("alpha", alpha, low=0, high=1)
     checks.number("label_smoothing", label_smoothing, low=0, high=1)
     if labels is None:
         raise TypeError("labels must be a tensor; without labels use kl_div")
     return _call(
-        "distillation_loss", Kind.FORWARD_KL, student_logits, teacher_logits, temperature=temperature,
+        "distillation_loss", kind, student_logits, teacher_logits, temperature=temperature,
         teacher_temperature=teacher_temperature, scale_by_t2=scale_by_t2, dim=dim, reduction=reduction, weight=weight,
         labels=labels, ignore_index=ignore_index, num_items=num_items, class_weight=class_weight,
-        label_smoothing=label_smoothing, kd_weight=alpha, ce_weight=1 - alpha, backend=backend,
+        label_smoothing=label_smoothing, kd_weight=alpha, ce_weight=1 - alpha, p0=p0, p1=p1,
+        backend=backend,
     )  # fmt: skip
 
 
