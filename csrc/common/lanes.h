@@ -1,0 +1,95 @@
+// Vectors of the width that the target has, written with the compiler's vector extension: for
+// loops whose register blocking must be said rather than hoped for.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace KDK_NAMESPACE {
+
+#if defined(__AVX512F__)
+#define KDK_VECTOR_BYTES 64
+#elif defined(__AVX__)
+#define KDK_VECTOR_BYTES 32
+#else
+#define KDK_VECTOR_BYTES 16
+#endif
+
+typedef float Floats __attribute__((vector_size(KDK_VECTOR_BYTES)));
+typedef double Doubles __attribute__((vector_size(KDK_VECTOR_BYTES)));
+constexpr int kFloats = KDK_VECTOR_BYTES / 4;
+#if defined(__x86_64__) && !defined(__AVX512F__)
+constexpr int kRegisters = 16;
+#else
+constexpr int kRegisters = 32;
+#endif
+
+#define KDK_INLINE inline __attribute__((always_inline))
+// For the bodies of parallel loops: inlined into the serial and the parallel call, they could be
+// contracted to different fused multiply-adds, and the number of threads would change the bits.
+#define KDK_ONE_COPY __attribute__((noinline))
+
+template <typename Real>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  using type = Floats;
+};
+template <>
+struct VectorOf<double> {
+  using type = Doubles;
+};
+template <typename Real>
+using Vector = typename VectorOf<Real>::type;
+template <typename Real>
+constexpr int kLanesOf = KDK_VECTOR_BYTES / static_cast<int>(sizeof(Real));
+
+template <typename Real>
+KDK_INLINE Vector<Real> load(const Real* p) {
+  Vector<Real> v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <typename Real, typename V>
+KDK_INLINE void store(Real* p, V v) {
+  memcpy(p, &v, sizeof(v));
+}
+KDK_INLINE Floats broadcast(float x) { return x - Floats{}; }
+
+KDK_INLINE Floats lesser(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_min_ps(0xffff, a, b);  // the plain one warns in GCC 12
+#elif defined(__AVX__)
+  return _mm256_min_ps(a, b);
+#elif defined(__SSE__)
+  return _mm_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+KDK_INLINE Floats greater(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_max_ps(0xffff, a, b);
+#elif defined(__AVX__)
+  return _mm256_max_ps(a, b);
+#elif defined(__SSE__)
+  return _mm_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// The lanes' sum, always in the same order.
+template <typename Real, typename V>
+KDK_INLINE Real sum_of(V v) {
+  constexpr int n = static_cast<int>(sizeof(V) / sizeof(Real));
+  Real x[n];
+  memcpy(x, &v, sizeof(v));
+  for (int width = n / 2; width > 0; width /= 2)
+    for (int l = 0; l < width; ++l) x[l] += x[l + width];
+  return x[0];
+}
+
+}  // namespace KDK_NAMESPACE

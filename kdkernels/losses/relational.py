@@ -1,0 +1,360 @@
+"""Losses between the relations of a student's samples to each other and those of a teacher's."""
+
+from __future__ import annotations
+
+import torch
+
+from kdkernels import backends
+from kdkernels.losses import checks
+from kdkernels.losses.module import LossModule
+from kdkernels.ops.pairwise_distance import op as pairwise
+from kdkernels.ops.pairwise_distance import reference as pairwise_reference
+from kdkernels.ops.scalars import Number
+from kdkernels.ops.triplet_angle import op as angles
+from kdkernels.ops.triplet_angle import reference as angles_reference
+
+EPS = 1e-12
+
+
+def _embeddings(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both as (N, D), D their own."""
+    for name, x in (("student", student), ("teacher", teacher)):
+        checks.float_tensor(name, x)
+        if x.dim() < 2:
+            raise ValueError(
+                f"{name} must have a sample axis and features, (N, D) or (N, ...); got shape {tuple(x.shape)}"
+            )
+    if student.shape[0] != teacher.shape[0]:
+        raise ValueError(
+            f"student and teacher must hold the same samples: student has {student.shape[0]} and teacher {teacher.shape[0]}"
+        )
+    if student.device != teacher.device:
+        raise ValueError(
+            f"student and teacher must be on one device: student is on {student.device}, teacher on {teacher.device}"
+        )
+    return _flat("student", student), _flat("teacher", teacher)
+
+
+def _flat(name: str, x: torch.Tensor) -> torch.Tensor:
+    features = x.shape[1:].numel()
+    if features == 0:
+        raise ValueError(f"{name} must have at least one feature, got shape {tuple(x.shape)}")
+    return x if x.dim() == 2 else x.reshape(x.shape[0], features)
+
+
+def _normalized(x: torch.Tensor) -> torch.Tensor:
+    """Rows of length 1, at least in float32; a zero row stays zero and gets no gradient."""
+    x = x if x.dtype == torch.float64 else x.float()
+    alive = (x != 0).any(1, keepdim=True)
+    length = torch.linalg.vector_norm(x.where(alive, 1.0), dim=1, keepdim=True).clamp_min(EPS)
+    return (x / length).where(alive, 0.0)
+
+
+def _pairs(n: int, mask: torch.Tensor | None, labels: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """A weight for every ordered pair, float32 or float64, or None for all 1."""
+    if mask is not None:
+        if not isinstance(mask, torch.Tensor):
+            raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
+        if tuple(mask.shape) != (n, n):
+            raise ValueError(f"mask must have one value a pair, shape ({n}, {n}); got {tuple(mask.shape)}")
+        if mask.device != device:
+            raise ValueError(f"mask must be on {device} with the embeddings, got {mask.device}")
+        if mask.requires_grad:
+            raise ValueError("mask gets no gradient here: pass mask.detach()")
+        mask = mask if mask.dtype == torch.float64 else mask.float()
+    if labels is not None:
+        if not isinstance(labels, torch.Tensor):
+            raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
+        if tuple(labels.shape) != (n,):
+            raise ValueError(f"labels must have one class a sample, shape ({n},); got {tuple(labels.shape)}")
+        if labels.device != device:
+            raise ValueError(f"labels must be on {device} with the embeddings, got {labels.device}")
+        same = labels[:, None] == labels[None]
+        mask = same.float() if mask is None else mask * same
+    return mask
+
+
+def _plain(name: str, value: float, *, positive: bool) -> None:
+    """A number that reaches the kernels by value."""
+    if isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a number, got a tensor")
+    checks.number(name, value, low=0, open_low=positive)
+
+
+class _Distances:
+    """Both models' squared distances, made once for all the terms that want them."""
+
+    def __init__(
+        self, operation: str, student: torch.Tensor, teacher: torch.Tensor, normalize: bool, backend: str, split: bool
+    ):
+        self.student, self.teacher = _embeddings(student, teacher)
+        self.backend = backends.resolve(operation, (self.student, self.teacher), backend, pairwise.BACKENDS)
+        self.n = self.student.shape[0]
+        if normalize:
+            self.student, self.teacher = _normalized(self.student), _normalized(self.teacher)
+        if self.reference:
+            dtype = torch.promote_types(torch.promote_types(self.student.dtype, self.teacher.dtype), torch.float32)
+            self.student, self.teacher = self.student.to(dtype), self.teacher.to(dtype)
+        self._split = split
+        self._pair: tuple | None = None
+
+    @property
+    def reference(self) -> bool:
+        return self.backend == "reference"
+
+    def pair(self) -> tuple:
+        """(hi, lo) of both models; from the reference the squared distances and None."""
+        if self._pair is None:
+            if self.reference:
+                self._pair = tuple(
+                    (pairwise_reference.squared_distances(x), None) for x in (self.student, self.teacher)
+                )
+            else:
+                self._pair = tuple(
+                    pairwise.squared_distances(x, split=self._split, backend=self.backend)
+                    for x in (self.student, self.teacher)
+                )
+        return self._pair
+
+    def distance_term(
+        self, mask: torch.Tensor | None, beta: float, eps: float, squared: bool, normalize: bool, reduction: str
+    ) -> torch.Tensor:
+        (student, _), (teacher, _) = self.pair()
+        options = {"beta": beta, "eps": eps, "squared": squared, "normalize": normalize, "reduction": reduction}
+        if self.reference:
+            return pairwise_reference.distance_match(student, teacher, mask, **options)
+        mask = None if mask is None else mask.detach().float().contiguous()
+        return pairwise.distance_match(student, teacher, mask, **options, backend=self.backend)
+
+    def angle_term(self, beta: float, reduction: str) -> torch.Tensor:
+        if self.reference:
+            return angles_reference.triplet_angle(self.student, self.teacher, beta=beta, reduction=reduction)
+        return angles.triplet_angle(*self.pair(), beta=beta, reduction=reduction, backend=self.backend)
+
+
+def rkd_distance_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    *,
+    squared: bool = False,
+    normalize: bool = False,
+    mean_normalize: bool = True,
+    mask: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    beta: float = 1.0,
+    eps: float = EPS,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Distance-wise relational distillation: smooth-L1 between all pairwise distances of both models.
+
+    d_ij = |x_i - x_j|, each model's divided by its own mean over the pairs whose d is positive, and the mean over all
+    N^2 pairs (the diagonal's zeros count) of smooth_l1(d^s_ij - d^t_ij): Park, Kim, Lu and Cho (2019,
+    arXiv:1904.05068). The mean distance is in the graph.
+
+    Args:
+        student: embeddings, float16, bfloat16, float32 or float64, (N, D) or (N, ...).
+        teacher: the same N on the same device; dtype and features may differ. Gets a gradient if it requires one.
+        squared: match squared distances.
+        normalize: L2-normalise the embeddings first.
+        mean_normalize: divide by the mean distance.
+        mask: a weight (or boolean) for every ordered pair, (N, N); it weighs the mean distance too.
+        labels: classes of the samples, (N,): only pairs of one class are kept, as with a mask.
+        beta: where smooth-L1 turns linear, a positive number.
+        eps: the least squared distance of two different samples, below which they get no gradient.
+        reduction: "mean" divides by N^2, "pairs" by the sum of the kept pairs' weights (the diagonal never counts),
+            "sum" by nothing.
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        A float32 scalar (float64 for float64 inputs): 0 for N < 2, or where no pair is kept.
+
+    Raises:
+        ValueError: a different number of samples, differing devices, no features, a mask or labels of another shape,
+            beta not positive, eps negative, an unknown reduction.
+        TypeError: embeddings that are not floating point.
+        BackendError: the backend asked for cannot run here.
+
+    Against others: the authors' code, torchdistill, RepDistiller and mdistiller have these defaults (weighted by 1 in the
+    first two and 25 in the others); mmrazor passes normalize=True (and 25).
+    """
+    _plain("beta", beta, positive=True)
+    _plain("eps", eps, positive=False)
+    checks.choice("reduction", reduction, pairwise.REDUCTIONS)
+    distances = _Distances("rkd_distance_loss", student, teacher, normalize, backend, split=False)
+    mask = _pairs(distances.n, mask, labels, distances.student.device)
+    return distances.distance_term(mask, beta, eps, squared, mean_normalize, reduction)
+
+
+def rkd_angle_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    *,
+    normalize: bool = False,
+    beta: float = 1.0,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Angle-wise relational distillation: smooth-L1 between the cosines of the angles of all triplets.
+
+    cos_ijk is the cosine of the angle at x_i between x_j and x_k, and 0 where x_i coincides with either; the mean
+    over all N^3 triplets of smooth_l1(cos^s_ijk - cos^t_ijk), those with i = j, i = k or j = k included: Park, Kim, Lu
+    and Cho (2019, arXiv:1904.05068). Memory is O(N^2).
+
+    Args:
+        student: embeddings, float16, bfloat16, float32 or float64, (N, D) or (N, ...).
+        teacher: the same N on the same device; dtype and features may differ. Gets a gradient if it requires one.
+        normalize: L2-normalise the embeddings first.
+        beta: where smooth-L1 turns linear, a positive number.
+        reduction: "mean" divides by N^3, "sum" by nothing.
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        A float32 scalar (float64 for float64 inputs): 0 for N < 2. Samples that coincide get no gradient from each
+        other (published code: theirs divided by 1e-12).
+
+    Raises:
+        ValueError: a different number of samples, differing devices, no features, beta not positive, an unknown
+            reduction.
+        TypeError: embeddings that are not floating point.
+        BackendError: the backend asked for cannot run here.
+
+    Against others: the authors' code, torchdistill, RepDistiller and mdistiller have these defaults (weighted by 2 in the
+    first two and 50 in the others); mmrazor passes normalize=True (and 50).
+    """
+    _plain("beta", beta, positive=True)
+    checks.choice("reduction", reduction, angles.REDUCTIONS)
+    return _Distances("rkd_angle_loss", student, teacher, normalize, backend, split=True).angle_term(beta, reduction)
+
+
+def rkd_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    *,
+    distance_weight: Number = 1.0,
+    angle_weight: Number = 2.0,
+    squared: bool = False,
+    normalize: bool = False,
+    mean_normalize: bool = True,
+    mask: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    beta: float = 1.0,
+    eps: float = EPS,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Relational distillation: rkd_distance_loss and rkd_angle_loss, from distances made once.
+
+    Args:
+        student, teacher: embeddings, as in rkd_distance_loss.
+        distance_weight, angle_weight: the terms' weights, numbers or tensors with one element.
+        squared, mean_normalize, mask, labels, eps: of the distance term, as in rkd_distance_loss.
+        normalize: L2-normalise the embeddings first, for both terms.
+        beta: where smooth-L1 turns linear, in both terms.
+        reduction: "mean" divides by N^2 and N^3, "sum" by nothing.
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        A float32 scalar (float64 for float64 inputs).
+
+    Raises:
+        ValueError, TypeError, BackendError: as rkd_distance_loss and rkd_angle_loss.
+
+    Against others: weights 1 and 2 in the authors' code and torchdistill; 25 and 50 in RepDistiller, mdistiller and
+    mmrazor (the last with normalize=True).
+    """
+    checks.number("distance_weight", distance_weight)
+    checks.number("angle_weight", angle_weight)
+    _plain("beta", beta, positive=True)
+    _plain("eps", eps, positive=False)
+    checks.choice("reduction", reduction, angles.REDUCTIONS)
+    distances = _Distances("rkd_loss", student, teacher, normalize, backend, split=True)
+    mask = _pairs(distances.n, mask, labels, distances.student.device)
+    distance = distances.distance_term(mask, beta, eps, squared, mean_normalize, reduction)
+    return distance_weight * distance + angle_weight * distances.angle_term(beta, reduction)
+
+
+def hard_dark_rank_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    *,
+    alpha: Number = 3.0,
+    beta: Number = 3.0,
+    k: int = 4,
+    normalize: bool = False,
+    eps: float = EPS,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Hard Dark Rank: the likelihood, under the student's distances, of the teacher's order of each sample's neighbours.
+
+    Scores are s_ij = -alpha d_ij^beta. For each sample, the teacher's k nearest others in order are pi_1 .. pi_k, and the
+    loss is the negative log-likelihood of that order in the Plackett-Luce model of the student's scores, whose
+    denominators run over the k chosen only: -sum_m [s_(pi_m) - log sum_(l >= m) exp s_(pi_l)]. Chen, Wang and Zhang
+    (2018, arXiv:1707.01220), as the authors of RKD run it.
+
+    Args:
+        student: embeddings, float16, bfloat16, float32 or float64, (N, D) or (N, ...).
+        teacher: the same N on the same device; dtype and features may differ. Gets no gradient: only its order counts.
+        alpha, beta: of the scores, positive; numbers or tensors with one element.
+        k: how many neighbours are ranked; all others where there are fewer.
+        normalize: L2-normalise the embeddings first.
+        eps: the least squared distance of two different samples, below which they get no gradient.
+        reduction: "mean" over the samples, "sum", or "none" for one value a sample.
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        A float32 scalar (float64 for float64 inputs), or (N,); 0 for N < 2.
+
+    Raises:
+        ValueError: a different number of samples, differing devices, no features, alpha, beta or k not positive, an
+            unknown reduction.
+        TypeError: embeddings that are not floating point.
+        BackendError: the backend asked for cannot run here.
+
+    Against others: the authors of RKD use alpha = 3 in the module and 2 in their training script, beta = 3, k = 4.
+    """
+    checks.number("alpha", alpha, low=0, open_low=True)
+    checks.number("beta", beta, low=0, open_low=True)
+    _plain("eps", eps, positive=False)
+    checks.choice("reduction", reduction, ("mean", "sum", "none"))
+    if not isinstance(k, int) or k < 1:
+        raise ValueError(f"k must be a positive integer, got {k!r}")
+    distances = _Distances("hard_dark_rank_loss", student, teacher.detach(), normalize, backend, split=False)
+    n = distances.n
+    (d2, _), (by_teacher, _) = distances.pair()
+    itself = torch.eye(n, dtype=torch.bool, device=d2.device)
+    nearest = by_teacher.masked_fill(itself, torch.inf).topk(min(k, max(n - 1, 0)), dim=1, largest=False).indices
+    chosen = d2.gather(1, nearest)
+    apart = chosen > eps
+    scores = -alpha * torch.where(apart, chosen.where(apart, 1.0) ** (beta / 2), eps ** (beta / 2))
+    # The m-th denominator runs over the m-th to the k-th of the order.
+    denominators = scores.flip(1).logcumsumexp(1)
+    rows = denominators.sum(1) - scores.sum(1)
+    if reduction == "none":
+        return rows
+    return rows.sum() if reduction == "sum" else rows.sum() / max(n, 1)
+
+
+class RKDDistanceLoss(LossModule):
+    """`rkd_distance_loss` as a module: RKDDistanceLoss()(student, teacher)."""
+
+    function = staticmethod(rkd_distance_loss)
+
+
+class RKDAngleLoss(LossModule):
+    """`rkd_angle_loss` as a module: RKDAngleLoss()(student, teacher)."""
+
+    function = staticmethod(rkd_angle_loss)
+
+
+class RKDLoss(LossModule):
+    """`rkd_loss` as a module: RKDLoss(distance_weight=25, angle_weight=50)(student, teacher)."""
+
+    function = staticmethod(rkd_loss)
+
+
+class HardDarkRankLoss(LossModule):
+    """`hard_dark_rank_loss` as a module: HardDarkRankLoss(alpha=2.0)(student, teacher)."""
+
+    function = staticmethod(hard_dark_rank_loss)

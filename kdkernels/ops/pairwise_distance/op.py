@@ -1,0 +1,208 @@
+"""The operators of pairwise distances, their autograd, and the choice of backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kdkernels.ops.library import define, first_order, graph_is_kept
+from kdkernels.ops.pairwise_distance import native
+from kdkernels.ops.scalars import Number, pack
+from kdkernels.ops.scale.op import scaled
+
+BACKENDS = ("triton", "cpu", "reference")
+REDUCTIONS = ("mean", "pairs", "sum")
+
+
+def _kernels(backend: str) -> Any:
+    """The module of a backend, with forward, backward and match of one argument list for all."""
+    if backend == "triton":
+        from kdkernels.ops.pairwise_distance import triton
+
+        return triton
+    return _Native(backend)
+
+
+class _Native:
+    def __init__(self, backend: str):
+        self.backend = backend
+
+    def forward(self, *args: Any) -> None:
+        native.forward(self.backend, *args)
+
+    def backward(self, *args: Any) -> None:
+        native.backward(self.backend, *args)
+
+    def match(self, *args: Any) -> None:
+        native.match(self.backend, *args)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x with its features side by side; rows may lie anywhere."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _forward(x: torch.Tensor, split: bool, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    n = x.shape[0]
+    hi = torch.empty(n, n, dtype=torch.float32, device=x.device)
+    lo = hi.new_empty((n, n) if split else 0)
+    if n:
+        _kernels(backend).forward(_rows(x), hi, lo if split else None)
+    return hi, lo
+
+
+def _forward_fake(x, split, backend):
+    n = x.shape[0]
+    hi = torch.empty(n, n, dtype=torch.float32, device=x.device)
+    return hi, hi.new_empty((n, n) if split else 0)
+
+
+def _backward(x: torch.Tensor, weights: torch.Tensor, backend: str) -> torch.Tensor:
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.shape[0]:
+        _kernels(backend).backward(_rows(x), weights.contiguous(), dx)
+    return dx
+
+
+def _backward_fake(x, weights, backend):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _match(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    mask: torch.Tensor | None,
+    scalars: torch.Tensor,
+    squared: bool,
+    normalize: bool,
+    reduction: int,
+    want_student: bool,
+    want_teacher: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    loss = student.new_empty(())
+    ds = torch.empty_like(student) if want_student else student.new_empty(0)
+    dt = torch.empty_like(teacher) if want_teacher else teacher.new_empty(0)
+    if student.shape[0] == 0:
+        return loss.zero_(), ds, dt
+    _kernels(backend).match(
+        student, teacher, mask, scalars, loss.view(1), ds if want_student else None, dt if want_teacher else None,
+        int(squared), int(normalize), reduction,
+    )  # fmt: skip
+    return loss, ds, dt
+
+
+def _match_fake(student, teacher, mask, scalars, squared, normalize, reduction, want_student, want_teacher, backend):
+    return (
+        student.new_empty(()),
+        torch.empty_like(student) if want_student else student.new_empty(0),
+        torch.empty_like(teacher) if want_teacher else teacher.new_empty(0),
+    )
+
+
+define("pairwise_distance_forward(Tensor x, bool split, str backend) -> (Tensor, Tensor)", _forward, _forward_fake)
+define("pairwise_distance_backward(Tensor x, Tensor weights, str backend) -> Tensor", _backward, _backward_fake)
+define(
+    "distance_match(Tensor student, Tensor teacher, Tensor? mask, Tensor scalars, bool squared, bool normalize, "
+    "int reduction, bool want_student, bool want_teacher, str backend) -> (Tensor, Tensor, Tensor)",
+    _match,
+    _match_fake,
+)
+
+
+class SquaredDistances(torch.autograd.Function):
+    """(hi, lo) of |x_i - x_j|^2; the gradient of hi stands for that of the sum.
+
+    The features' gradient is made in the backward, when its upstream scale is known, so that it is
+    right in float16 too.
+    """
+
+    @staticmethod
+    def forward(ctx, x, split, backend):
+        hi, lo = torch.ops.kdkernels.pairwise_distance_forward(x, split, backend)
+        ctx.mark_non_differentiable(lo)
+        ctx.save_for_backward(x, hi)
+        ctx.backend = backend
+        return hi, lo
+
+    @staticmethod
+    def backward(ctx, weights, _):
+        x, hi = ctx.saved_tensors
+        with torch.no_grad():
+            dx = torch.ops.kdkernels.pairwise_distance_backward(x, weights, ctx.backend)
+        (dx,) = first_order("pairwise_distance", hi, (dx,))
+        return dx, None, None
+
+
+def stored_gradients(
+    ctx: Any, operation: str, upstream: torch.Tensor, wanted: tuple[bool, bool]
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients to two distance matrices that a forward made along with its loss, times the upstream one.
+
+    They are float32 whatever the samples are, so nothing underflows before the upstream scale comes.
+    """
+    with torch.no_grad():
+        loss, *made = ctx.saved_tensors
+        grads = tuple(g for g, want in zip(made, wanted) if want)
+        grads = iter(scaled(grads, upstream, ctx.backend, keep=graph_is_kept()))
+    return first_order(operation, loss, tuple(next(grads) if want else None for want in wanted))
+
+
+class DistanceMatch(torch.autograd.Function):
+    """Loss and both gradients in one pass."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, mask, scalars, options):
+        *flags, backend = options
+        loss, ds, dt = torch.ops.kdkernels.distance_match(
+            student, teacher, mask, scalars, *flags, *ctx.needs_input_grad[:2], backend
+        )
+        ctx.save_for_backward(loss, ds, dt)
+        ctx.backend = backend
+        return loss
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return (*stored_gradients(ctx, "pairwise_distance", upstream, ctx.needs_input_grad[:2]), None, None, None)
+
+
+def squared_distances(x: torch.Tensor, *, backend: str, split: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """|x_i - x_j|^2 of samples (N, D), as float32 (N, N).
+
+    Args:
+        backend: a resolved one, not "auto" or "reference".
+        split: sum in float64 and also return what float32 leaves over.
+
+    Returns:
+        (hi, lo); lo is empty without split.
+    """
+    return SquaredDistances.apply(x, split, backend)
+
+
+def distance_match(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    beta: Number,
+    eps: Number,
+    squared: bool,
+    normalize: bool,
+    reduction: str,
+    backend: str,
+) -> torch.Tensor:
+    """Smooth-L1 between two matrices of distances, each over its own mean.
+
+    Args:
+        student, teacher: squared distances, float32 (N, N), symmetric.
+        mask: a weight for every ordered pair, float32 (N, N); the diagonal never counts.
+        beta: where smooth-L1 turns linear.
+        eps: the least squared distance of two different samples.
+        squared: match squared distances.
+        normalize: divide by the mean over the kept pairs whose distance is positive; it is in the graph.
+        reduction: "mean" over N^2, "pairs" over the kept pairs' weights, or "sum".
+        backend: a resolved one.
+    """
+    options = squared, normalize, REDUCTIONS.index(reduction), backend
+    return DistanceMatch.apply(student.contiguous(), teacher.contiguous(), mask, pack((beta, eps, 0.0, 0.0)), options)

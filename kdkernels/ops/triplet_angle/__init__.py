@@ -1,0 +1,1 @@
+"""The angles of all triplets of samples, from their squared distances alone."""
