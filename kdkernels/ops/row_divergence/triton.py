@@ -103,6 +103,8 @@ def _on(device: torch.device) -> Any:
 
 
 def _simple(kind: int, inputs: int) -> bool:
+    if kind > Kind.SYMMETRIC_KL:
+        raise NotImplementedError(f"the Triton kernels do not know the divergence {Kind(kind).name}")
     return kind in (Kind.FORWARD_KL, Kind.REVERSE_KL) and inputs == Inputs.LOGITS
 
 

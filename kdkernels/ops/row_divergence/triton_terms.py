@@ -115,8 +115,10 @@ def terms(kind, a, b, ps, pt, p0, p1, one, SIMPLE: tl.constexpr):
     elif kind == 6:
         f, gs, gt = _alpha_beta(a, b, p0, p1)
     elif kind == 7:
-        f = tl.where(pt == 0.0, 0.0, -pt * a)
-        gs = -pt
+        # p1 of uniform mass in every class of the student, p0 in all
+        mixed = tl.where(p1 > 0.0, tl.log((ps + p1) / (1.0 + p0)), a)
+        f = tl.where(pt == 0.0, 0.0, -pt * mixed)
+        gs = tl.where(p1 > 0.0, -pt * (ps / tl.where(p1 > 0.0, ps + p1, 1.0)), -pt)
         gt = f
     elif kind == 8:
         fwd = _kl(b, a, pt)
@@ -326,8 +328,8 @@ def write_row(row, inside, live, losses, stats, kw, cw, D, CE, lse_s, lse_t, lse
 @triton.jit
 def sums(kind, inputs, D, G_s, G_t):
     """The sums as they enter the gradient: exact where they are known, 0 where nothing was normalised."""
-    G_s = tl.where((kind == 0) | (kind == 7), -1.0, tl.where(kind == 1, D, G_s))
-    G_t = tl.where(kind == 1, -1.0, tl.where((kind == 0) | (kind == 7), D, G_t))
+    G_s = tl.where(kind == 0, -1.0, tl.where(kind == 1, D, G_s))
+    G_t = tl.where(kind == 1, -1.0, tl.where(kind == 0, D, G_t))
     plain = inputs == 0
     return tl.where(plain, G_s, 0.0), tl.where(plain, G_t, 0.0)
 
