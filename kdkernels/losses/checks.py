@@ -11,8 +11,9 @@ import os
 
 import torch
 
-from kdkernels.ops.scalars import Number
+from kdkernels.ops.scalars import Number, readable
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("rowmean", "batchmean", "mean", "sum", "none")
 
 
@@ -22,15 +23,13 @@ def _name(dtype: torch.dtype) -> str:
 
 def _may_read(x: torch.Tensor) -> bool:
     """Whether values of x can be looked at without a host synchronisation that nobody asked for."""
-    if torch.compiler.is_compiling():
-        return False
-    return x.device.type == "cpu" or os.environ.get("KDKERNELS_DEBUG") == "1"
+    return readable(x) and (x.device.type == "cpu" or os.environ.get("KDKERNELS_DEBUG") == "1")
 
 
 def float_tensor(name: str, x: torch.Tensor) -> None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
+    if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {_name(x.dtype)}")
 
 
@@ -62,6 +61,8 @@ def number(name: str, value: Number | None, *, low: float = -math.inf, high: flo
     """A finite number, or a tensor with one element, within [low, high] (or above low)."""
     if value is None:
         return
+    if type(value) is float and low < value < high:
+        return  # nearly always; not taken for infinities and NaN
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} must be a number or a tensor with one element, got shape {tuple(value.shape)}")
@@ -73,11 +74,13 @@ def number(name: str, value: Number | None, *, low: float = -math.inf, high: flo
         raise TypeError(f"{name} must be a number or a tensor with one element, got {type(value).__name__}")
     elif torch.compiler.is_compiling():
         return  # a guard on the value would recompile whenever it is annealed
-    x = float(value)
+    x = float(value.detach() if isinstance(value, torch.Tensor) else value)
     if not math.isfinite(x) or not (low < x if open_low else low <= x) or x > high:
         if open_low and low == 0 and high == math.inf:
             raise ValueError(f"{name} must be positive, got {x:g}")
-        bounds = f"{'above' if open_low else 'at least'} {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        bounds = (
+            f"{'above' if open_low else 'at least'} {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        )
         raise ValueError(f"{name} must be {'finite' if low == -math.inf else bounds}, got {x:g}")
 
 
@@ -97,7 +100,9 @@ def labels_of(
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels must hold class indices (int64), got {_name(labels.dtype)}")
     if tuple(labels.shape) != rows:
-        raise ValueError(f"labels must have the shape of the scores without the class axis, {rows}; got {tuple(labels.shape)}")
+        raise ValueError(
+            f"labels must have the shape of the scores without the class axis, {rows}; got {tuple(labels.shape)}"
+        )
     if labels.device != device:
         raise ValueError(f"labels must be on {device} with the scores, got {labels.device}")
     labels = labels.long()
@@ -106,7 +111,9 @@ def labels_of(
         if low < 0 or high >= classes:  # or ignored: the look that costs more
             bad = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
             if bad.numel():
-                raise IndexError(f"labels hold {bad[0]}, outside 0 to {classes - 1} and not ignore_index ({ignore_index})")
+                raise IndexError(
+                    f"labels hold {bad[0]}, outside 0 to {classes - 1} and not ignore_index ({ignore_index})"
+                )
     return labels
 
 
@@ -117,7 +124,9 @@ def per_row(name: str, x: torch.Tensor | None, rows: tuple[int, ...], device: to
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if tuple(x.shape) != rows:
-        raise ValueError(f"{name} must have the shape of the scores without the class axis, {rows}; got {tuple(x.shape)}")
+        raise ValueError(
+            f"{name} must have the shape of the scores without the class axis, {rows}; got {tuple(x.shape)}"
+        )
     if x.device != device:
         raise ValueError(f"{name} must be on {device} with the scores, got {x.device}")
     if x.requires_grad:

@@ -16,6 +16,14 @@ import torch
 Number = Union[float, int, torch.Tensor]
 
 
+_PLAIN = (float, int)
+
+
+def readable(*tensors: torch.Tensor) -> bool:
+    """Whether there are values to look at: nothing is being traced, by the compiler or with fake tensors."""
+    return not torch.compiler.is_compiling() and all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
+
+
 @functools.lru_cache(maxsize=4096)
 def _constant(values: tuple[float, ...]) -> torch.Tensor:
     # Shared by every call with these values: operators only read it.
@@ -25,16 +33,20 @@ def _constant(values: tuple[float, ...]) -> torch.Tensor:
 
 def pack(values: tuple[Number, ...]) -> torch.Tensor:
     """A float32 vector of these values, detached."""
+    if not torch.compiler.is_compiling() and not any(type(v) not in _PLAIN for v in values):
+        # A dispatch mode (fake tensors) would make a tensor of its own kind, which must not be kept.
+        make = _constant.__wrapped__ if torch._C._len_torch_dispatch_stack() else _constant
+        return make(values)
     tensors = [v for v in values if isinstance(v, torch.Tensor)]
-    if torch.compiler.is_compiling():
+    if not readable(*tensors):
         device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
         one = torch.ones((), device=device)
         return torch.stack([(v.detach().to(one) if isinstance(v, torch.Tensor) else one * v).reshape(()) for v in values])
     if not tensors:
-        return _constant(tuple(float(v) for v in values))  # type: ignore[arg-type]
+        return _constant.__wrapped__(tuple(float(v) for v in values))  # type: ignore[arg-type]
     device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
     if device.type == "cpu":
-        return torch.tensor([float(v) for v in values], dtype=torch.float32)
+        return torch.tensor([float(v.detach() if isinstance(v, torch.Tensor) else v) for v in values], dtype=torch.float32)
     filled = [torch.full((), float(v), device=device) if not isinstance(v, torch.Tensor) or v.device.type == "cpu"
               else v.detach().to(torch.float32).reshape(()) for v in values]
     return torch.stack(filled)

@@ -177,7 +177,7 @@ class RowDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, temperature, teacher_temperature, labels, weight, class_weight, scalars, divisors,
                 options):  # fmt: skip
-        kind, inputs, hard, count, ignore_index, dim, per_row, scale_by_t2, backend = options
+        kind, inputs, hard, count, ignore_index, dim, per_row, scale_by_t2, shared_temperature, backend = options
         want_s, want_t, *want_temperatures = ctx.needs_input_grad[:4]
         stored = (
             (want_s or want_t)
@@ -197,7 +197,8 @@ class RowDivergence(torch.autograd.Function):
             ctx.save_for_backward(output, student, teacher, labels, weight, class_weight, scalars, saved)
             ctx.options = kind, inputs, hard, count != 0 or divisors is not None, ignore_index, dim
             ctx.scale_by_t2 = scale_by_t2
-            ctx.shared_temperature = teacher_temperature is None
+            ctx.shared_temperature = shared_temperature
+            ctx.temperature_shapes = [None if x is None else x.shape for x in (temperature, teacher_temperature)]
         return output
 
     @staticmethod
@@ -219,7 +220,8 @@ class RowDivergence(torch.autograd.Function):
                 ds, dt = ds if want_s else None, dt if want_t else None
                 if want_ts or want_tt:
                     d_ts, d_tt = _temperature_gradients(ctx, rows, saved, scalars, weight, upstream)
-                    d_ts, d_tt = d_ts if want_ts else None, d_tt if want_tt else None
+                    shape_s, shape_t = ctx.temperature_shapes
+                    d_ts, d_tt = d_ts.reshape(shape_s) if want_ts else None, d_tt.reshape(shape_t) if want_tt else None
         grads = first_order("row_divergence", output, (ds, dt, d_ts, d_tt))
         return (*grads, None, None, None, None, None, None)
 
@@ -305,7 +307,8 @@ def row_divergence(
     return RowDivergence.apply(
         student, teacher, _learnable(temperature), _learnable(teacher_temperature),
         _flat(labels, torch.int64), _flat(weight, torch.float32), _flat(class_weight, torch.float32), scalars, divisors,
-        (int(kind), int(inputs), hard, count, ignore_index, dim, reduction == "none", scale_by_t2, backend),
+        (int(kind), int(inputs), hard, count, ignore_index, dim, reduction == "none", scale_by_t2,
+         teacher_temperature is None, backend),
     )  # fmt: skip
 
 
@@ -318,7 +321,8 @@ def _learnable(x: Number | None) -> torch.Tensor | None:
 
 
 def _flat(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    return None if x is None else x.detach().reshape(-1).to(dtype)
+    # The kernels walk these without strides, and a view of a slice is still a slice.
+    return None if x is None else x.detach().reshape(-1).to(dtype).contiguous()
 
 
 def _divisors(

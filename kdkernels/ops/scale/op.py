@@ -6,6 +6,7 @@ import torch
 
 from kdkernels import backends
 from kdkernels.ops.library import define
+from kdkernels.ops.scalars import readable
 
 
 def _scale(x: torch.Tensor, factor: torch.Tensor, backend: str) -> None:
@@ -27,7 +28,7 @@ def _fake(x: torch.Tensor, factor: torch.Tensor, backend: str) -> None:
     return None
 
 
-define("scale_(Tensor(a!) x, Tensor factor, str backend) -> ()", _scale, _fake)
+scale_ = define("scale_(Tensor(a!) x, Tensor factor, str backend) -> ()", _scale, _fake)
 
 
 def scaled(grads: tuple[torch.Tensor, ...], factor: torch.Tensor, backend: str, keep: bool) -> tuple[torch.Tensor, ...]:
@@ -36,10 +37,11 @@ def scaled(grads: tuple[torch.Tensor, ...], factor: torch.Tensor, backend: str, 
     In place, and without touching them where the factor is 1, unless `keep` says that they will be
     needed again as they are.
     """
-    if factor.device.type == "cpu" and not torch.compiler.is_compiling() and factor.item() == 1:
-        return grads  # the usual case, and on a CPU it can be looked at
     if keep:
+        # Also where the factor is 1: whoever receives a gradient may go on writing into it.
         grads = tuple(g.clone() for g in grads)
+    if factor.device.type == "cpu" and readable(factor) and factor.item() == 1:
+        return grads  # the usual case, and on a CPU it can be looked at
     for g in grads:
-        torch.ops.kdkernels.scale_(g, factor, backend)
+        scale_(g, factor, backend)
     return grads
