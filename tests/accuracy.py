@@ -1,0 +1,89 @@
+"""How far a kernel may be from the truth: DESIGN.md's bar, and how it is measured.
+
+    err(kernel) <= 2 * err(fp32 eager) + one rounding of the output dtype
+
+The truth is the reference in float64 on the very values that the kernel was given; "fp32 eager" is the
+reference in float32 on those values. Two measures, and a result must pass both, tensor by tensor:
+
+- normwise: the 2-norm of the whole error. A small bias everywhere fails here.
+- elementwise: the largest error of one element. One wrong element fails here.
+
+`err(fp32 eager)` is the largest over the inputs at hand and some draws of their like, since the error
+of a few scalars can be next to nothing by luck and would then condemn a kernel that is as good. A
+rounding is the output's unit roundoff times the exact value, elementwise (half the least subnormal
+near zero).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+ROUNDOFF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+SUBNORMAL = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133, torch.float32: 2.0**-149, torch.float64: 0.0}
+
+
+def rounding(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The largest error that rounding each element to `dtype` can make."""
+    return (ROUNDOFF[dtype] * exact.abs()).clamp(min=SUBNORMAL[dtype] / 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """The errors of fp32 eager for one kind of result: the largest of what `seen` was shown."""
+
+    norm: float = 0.0
+    element: float = 0.0
+
+    def seen(self, eager: torch.Tensor, exact: torch.Tensor) -> Level:
+        error = (eager.double() - exact).abs()
+        largest = float(error.amax()) if error.numel() else 0.0
+        return Level(max(self.norm, float(error.norm())), max(self.element, largest))
+
+
+def assert_accurate(got: torch.Tensor, exact: torch.Tensor, level: Level, what: str) -> None:
+    """Fails unless `got` meets the bar against `exact`, both finite or both not in the same way.
+
+    Args:
+        got: the kernel's result, in its own dtype, on any device.
+        exact: the same in float64.
+        level: the errors of fp32 eager.
+        what: for the message.
+    """
+    got_dtype, got, exact = got.dtype, got.detach().double().cpu(), exact.detach().double().cpu()
+    assert got.shape == exact.shape, f"{what}: shape {tuple(got.shape)} instead of {tuple(exact.shape)}"
+    finite = exact.isfinite()
+    same = torch.where(finite, got.isfinite(), (got == exact) | (got.isnan() & exact.isnan()))
+    if not same.all():
+        at = tuple((~same).nonzero()[0].tolist())
+        raise AssertionError(
+            f"{what}: {float(got[at])} at {at} instead of {float(exact[at])}, and {int((~same).sum())} in all"
+        )
+    exact, got = exact.where(finite, 0.0), got.where(finite, 0.0)
+    error, ulp = (got - exact).abs(), rounding(exact, got_dtype)
+
+    norm, bar = float(error.norm()), 2 * level.norm + float(ulp.norm())
+    assert norm <= bar, (
+        f"{what}: the error's norm is {norm:.3g}; the bar is {bar:.3g}, of which fp32 eager's own error is {level.norm:.3g}"
+    )
+    excess = error - (2 * level.element + ulp)
+    if excess.numel() and float(excess.amax()) > 0:
+        at = _unravel(int(excess.argmax()), excess.shape)
+        raise AssertionError(
+            f"{what}: {float(got[at])!r} at {at} instead of {float(exact[at])!r}: off by {float(error[at]):.3g}, where "
+            f"{float(error[at] - excess[at]):.3g} is allowed ({int((excess > 0).sum())} of {excess.numel()} elements)"
+        )
+
+
+def _unravel(index: int, shape: torch.Size) -> tuple[int, ...]:
+    at: list[int] = []
+    for size in reversed(shape):
+        at.append(index % size)
+        index //= size
+    return tuple(at[::-1])
+
+
+def draws(numel: int) -> int:
+    """How many draws stand behind err(fp32 eager): few elements need many."""
+    return 32 if numel <= 64 else 12 if numel <= 1024 else 4 if numel <= 32768 else 2
