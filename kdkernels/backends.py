@@ -37,7 +37,7 @@ def register_library(name: str, library: Any, device: str = "cpu") -> None:
     """Adds a native backend under a new name. `library` has `call` and `context`, as NativeLibrary does."""
     _libraries[name] = library
     _devices[name] = device
-    unavailable.cache_clear()
+    _unavailable.cache_clear()
 
 
 def library(backend: str) -> Any:
@@ -55,9 +55,14 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # Dynamo asks at trace time, instead of tracing how it is found out
 def unavailable(backend: str, device: str) -> str | None:
     """Why `backend` cannot run on tensors of this device type, or None where it can."""
+    return _unavailable(backend, device)
+
+
+@functools.cache
+def _unavailable(backend: str, device: str) -> str | None:
     if backend == "reference":
         return None
     if backend == "triton":
@@ -141,20 +146,26 @@ def resolve(
     if backend == "auto":
         backend = requested()
     device = tensors[0].device.type
-    fused = all(t.dtype in FUSED_DTYPES for t in tensors)
-    if backend != "auto":
-        if backend in BACKENDS and backend not in supported:
-            _note_fallback(operation, backend)
-        else:
-            reason = unavailable(backend, device)
-            if reason is None and not fused and backend != "reference":
-                dtypes = ", ".join(str(t.dtype).removeprefix("torch.") for t in tensors)
-                reason = f"kernels take float32, float16 and bfloat16, and these are {dtypes}; float64 runs on 'reference'"
-            if reason is not None:
-                raise BackendError(f"{operation} cannot run on backend {backend!r}: {reason}")
-            return backend
-    if fused:
-        for candidate in order(device):
-            if candidate in supported and unavailable(candidate, device) is None:
-                return candidate
+    fused = True
+    for t in tensors:
+        fused = fused and t.dtype in FUSED_DTYPES
+    if backend == "auto":
+        return _best(device, supported) if fused else "reference"
+    if backend in BACKENDS and backend not in supported:
+        _note_fallback(operation, backend)
+        return _best(device, supported) if fused else "reference"
+    reason = unavailable(backend, device)
+    if reason is None and not fused and backend != "reference":
+        dtypes = ", ".join(str(t.dtype).removeprefix("torch.") for t in tensors)
+        reason = f"kernels take float32, float16 and bfloat16, and these are {dtypes}; float64 runs on 'reference'"
+    if reason is not None:
+        raise BackendError(f"{operation} cannot run on backend {backend!r}: {reason}")
+    return backend
+
+
+def _best(device: str, supported: tuple[str, ...]) -> str:
+    """The first backend in `order` that has the operation and runs here."""
+    for candidate in order(device):
+        if candidate in supported and unavailable(candidate, device) is None:
+            return candidate
     return "reference"

@@ -21,11 +21,11 @@ needs_native = pytest.mark.skipif(not NATIVE, reason="no native kernels here: " 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("KDKERNELS_BACKEND", raising=False)
-    backends.unavailable.cache_clear()
+    backends._unavailable.cache_clear()
     backends._note_fallback.cache_clear()
     yield
     monkeypatch.undo()
-    backends.unavailable.cache_clear()
+    backends._unavailable.cache_clear()
     backends._interpreting.cache_clear()
     backends._note_fallback.cache_clear()
 

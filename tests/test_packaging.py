@@ -157,11 +157,11 @@ def test_reasons_are_what_users_read(monkeypatch):
 
     monkeypatch.setattr(native, "build_info", lambda: {"cuda": "nvcc was not found"})
     monkeypatch.setattr(backends, "library", lambda name: {})
-    backends.unavailable.cache_clear()
+    backends._unavailable.cache_clear()
     try:
         reason = backends.unavailable("cuda", "cuda")
     finally:
-        backends.unavailable.cache_clear()
+        backends._unavailable.cache_clear()
     assert reason is not None and "nvcc was not found" in reason
 
 

@@ -66,7 +66,11 @@ def _call(
     checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, learnable=True)
     checks.number("num_items", num_items, low=0, open_low=True)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
-    rows, classes = tuple(student.shape[:dim] + student.shape[dim + 1 :]), student.shape[dim]
+    if labels is not None or weight is not None or class_weight is not None:
+        rows, classes = tuple(student.shape[:dim] + student.shape[dim + 1 :]), student.shape[dim]
+        weight = checks.per_row("weight", weight, rows, student.device)
+        labels = checks.labels_of(labels, rows, classes, ignore_index, student.device)
+        class_weight = checks.per_class("class_weight", class_weight, classes, student.device)
     return row_divergence(
         student,
         teacher,
@@ -75,9 +79,9 @@ def _call(
         teacher_temperature=teacher_temperature,
         dim=dim,
         reduction=reduction,
-        weight=checks.per_row("weight", weight, rows, student.device),
-        labels=checks.labels_of(labels, rows, classes, ignore_index, student.device),
-        class_weight=checks.per_class("class_weight", class_weight, classes, student.device),
+        weight=weight,
+        labels=labels,
+        class_weight=class_weight,
         ignore_index=ignore_index,
         num_items=num_items,
         inputs=Inputs.LOG_PROBS if from_log_probs else Inputs.LOGITS,
