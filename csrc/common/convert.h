@@ -108,7 +108,8 @@ inline const float* load_tile(const void* p, DType t, int64_t n, float* buffer) 
   return buffer;
 }
 
-// Where to build a tile that store_tile will write: the destination itself if it can be written as it is.
+// Where to build a tile that store_tile will write: the destination itself if it can be written as
+// it is.
 inline float* tile_target(void* p, DType t, int64_t n, float* buffer) {
   return t == DType::f32 && n == padded(n) ? static_cast<float*>(p) : buffer;
 }

@@ -44,7 +44,8 @@ class Scratch {
     if (n > size_) {
       std::free(data_);
       size_ = (n + 15) / 16 * 16;
-      data_ = static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(size_) * sizeof(float)));
+      data_ =
+          static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(size_) * sizeof(float)));
       if (!data_) {
         size_ = 0;
         throw std::bad_alloc();

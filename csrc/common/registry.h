@@ -82,6 +82,6 @@ inline void call(const Entry& entry, const std::vector<Value>& args) {
 
 }  // namespace kdk
 
-#define KDK_EXPORT(fn) \
+#define KDK_EXPORT(fn)                                     \
   [[maybe_unused]] static const bool kdk_registered_##fn = \
       ::kdk::register_entry(#fn, KDK_TARGET, &fn);

@@ -83,7 +83,8 @@ struct Running {
   // What turns exponentials relative to an earlier top into probabilities.
   float to_probability(float earlier_top) const {
     if (earlier_top == top) return static_cast<float>(1.0 / z);
-    return earlier_top == -INFINITY ? 0.f : static_cast<float>(std::exp2((earlier_top - ref) * c) / z);
+    return earlier_top == -INFINITY ? 0.f
+                                    : static_cast<float>(std::exp2((earlier_top - ref) * c) / z);
   }
   double log_z() const { return std::log(z); }
 };
@@ -110,8 +111,8 @@ float exponentials(const float* x, int64_t n, const Running& run, float* e) {
 struct TileSums {
   float zp, zq, cross;
 };
-TileSums kl_tile(const float* p, const float* q, int64_t n, const Running& run_p, const Running& run_q, float* ep,
-                 float* eq) {
+TileSums kl_tile(const float* p, const float* q, int64_t n, const Running& run_p,
+                 const Running& run_q, float* ep, float* eq) {
   const float ref_p = run_p.ref, ref_q = run_q.ref, cp = run_p.c, cq = run_q.c;
   float zp = 0.f, zq = 0.f, cross = 0.f;
 #pragma omp simd reduction(+ : zp, zq, cross)
@@ -142,7 +143,7 @@ struct TermTile {
   const float *s, *t;                // scores
   float scale_s, scale_t;            // a = (s - ref_s) * scale_s - log_s
   float ref_s, ref_t, log_s, log_t;  //
-  float norm_s, norm_t;              // logits: what makes the exponentials in ps and pt probabilities
+  float norm_s, norm_t;  // logits: what makes the exponentials in ps and pt probabilities
   float p0, p1;
   float *ps, *pt, *g_s, *g_t;  // out
 };
@@ -153,7 +154,8 @@ template <int kKind, int kInputs>
 TermSums terms_tile(const TermTile& x, int64_t n) {
   const float *s = x.s, *t = x.t;
   const float scale_s = x.scale_s, scale_t = x.scale_t, ref_s = x.ref_s, ref_t = x.ref_t;
-  const float log_s = x.log_s, log_t = x.log_t, norm_s = x.norm_s, norm_t = x.norm_t, p0 = x.p0, p1 = x.p1;
+  const float log_s = x.log_s, log_t = x.log_t, norm_s = x.norm_s, norm_t = x.norm_t, p0 = x.p0,
+              p1 = x.p1;
   float *ps = x.ps, *pt = x.pt, *g_s = x.g_s, *g_t = x.g_t;
   float f = 0.f, sum_s = 0.f, sum_t = 0.f;
 #pragma omp simd reduction(+ : f, sum_s, sum_t)
@@ -193,8 +195,9 @@ template <int... kKind>
 TermSums dispatch_terms(int kind, int inputs, const TermTile& x, int64_t n,
                         std::integer_sequence<int, kKind...>) {
   using Tile = TermSums (*)(const TermTile&, int64_t);
-  static constexpr Tile table[][kKinds] = {
-      {terms_tile<kKind, kLogits>...}, {terms_tile<kKind, kLogProbs>...}, {terms_tile<kKind, kLogProbsAndProbs>...}};
+  static constexpr Tile table[][kKinds] = {{terms_tile<kKind, kLogits>...},
+                                           {terms_tile<kKind, kLogProbs>...},
+                                           {terms_tile<kKind, kLogProbsAndProbs>...}};
   return table[inputs][kind](x, n);
 }
 
@@ -233,7 +236,8 @@ class RowKernel {
     teacher_ = {teacher, job.inverse_tt(), take(full), take(tiles)};
     hard_ = {student, 1.f, student_.e, student_.top};
     // At temperature 1 the KL kinds leave the exponentials as the hard-label term wants them.
-    if (job.hard && !(fused() && job.scalars[kTs] == 1.f)) hard_.e = take(full), hard_.top = take(tiles);
+    if (job.hard && !(fused() && job.scalars[kTs] == 1.f))
+      hard_.e = take(full), hard_.top = take(tiles);
     g_s_ = take(full);
     g_t_ = take(full);
   }
@@ -241,10 +245,10 @@ class RowKernel {
     return kBuffers * kTile + 5 * padded(classes) + 3 * padded((classes + kTile - 1) / kTile);
   }
 
-  // The loss, and the statistics that other backends' backward needs; the gradient, times `upstream`,
-  // where there is a place for it; its products with the scores, by which temperatures learn.
-  // A backward pass is this again: nothing is gained by remembering log-sum-exps, which float32
-  // would round, where the scores must be read twice anyway.
+  // The loss, and the statistics that other backends' backward needs; the gradient, times
+  // `upstream`, where there is a place for it; its products with the scores, by which temperatures
+  // learn. A backward pass is this again: nothing is gained by remembering log-sum-exps, which
+  // float32 would round, where the scores must be read twice anyway.
   float run(float* stats, float upstream, float* by_temperature) {
     std::fill(stats, stats + kStats, 0.f);
     if (by_temperature) by_temperature[0] = by_temperature[1] = 0.f;
@@ -267,9 +271,12 @@ class RowKernel {
     if (decoupled()) decouple(stats);
     if (job_.hard) hard_sums(stats);
     if (student_.d || teacher_.d || learn_temperature_) {
-      if (!in_one) term_gradients(stats);
-      else if (reverse) kl_gradients(student_, teacher_, shift);
-      else kl_gradients(teacher_, student_, shift);
+      if (!in_one)
+        term_gradients(stats);
+      else if (reverse)
+        kl_gradients(student_, teacher_, shift);
+      else
+        kl_gradients(teacher_, student_, shift);
     }
     if (learn_temperature_) {
       by_temperature[0] = static_cast<float>(-student_.dot) * student_.scale;
@@ -284,8 +291,8 @@ class RowKernel {
   static constexpr int kBuffers = 5;
 
   struct Side : Scores {
-    float scale = 1.f;    // one over the temperature
-    float* e = nullptr;   // exponentials of the whole row, each tile relative to the top it had seen
+    float scale = 1.f;   // one over the temperature
+    float* e = nullptr;  // exponentials of the whole row, each tile relative to the top it had seen
     float* top = nullptr;  // those tops
     Running run;
     double dot = 0.0;  // of the scores with the divergence's gradient
@@ -295,10 +302,14 @@ class RowKernel {
         : Scores(scores), scale(scale_), e(e_), top(top_) {
       run.c = kLog2E * scale;
     }
-    float lse() const { return static_cast<float>(static_cast<double>(run.ref) * scale + run.log_z()); }
+    float lse() const {
+      return static_cast<float>(static_cast<double>(run.ref) * scale + run.log_z());
+    }
   };
 
-  bool fused() const { return job_.logits() && (job_.kind == kForwardKL || job_.kind == kReverseKL); }
+  bool fused() const {
+    return job_.logits() && (job_.kind == kForwardKL || job_.kind == kReverseKL);
+  }
   bool decoupled() const { return job_.kind == kDecoupledKL; }
 
   // A tile of scores; a decoupled KL does not see the label's class.
@@ -327,8 +338,8 @@ class RowKernel {
     });
   }
 
-  // Sweep one of KL(p, q): both log-sum-exps and the divergence, online. Returns log Z_q - log Z_p - D,
-  // which with the scores makes log p - log q - D.
+  // Sweep one of KL(p, q): both log-sum-exps and the divergence, online. Returns log Z_q - log Z_p
+  // - D, which with the scores makes log p - log q - D.
   double kl_sums(Side& p, Side& q, float* stats) {
     double cross = 0.0;
     for_tiles(job_.classes, [&](int64_t k, int64_t start, int64_t n) {
@@ -337,12 +348,13 @@ class RowKernel {
       const double ref_p = p.run.ref, ref_q = q.run.ref, z = p.run.z;
       const float factor = p.run.raise(largest(xp, m));
       q.run.raise(largest(xq, m));
-      // The sum so far was relative to the old refs. Mass that is none by now contributes none, even
-      // where it stood against an infinity.
+      // The sum so far was relative to the old refs. Mass that is none by now contributes none,
+      // even where it stood against an infinity.
       if (factor == 0.f)
         cross = 0.0;
       else if (z > 0.0)
-        cross = (cross + z * ((ref_p - p.run.ref) * p.run.c - (ref_q - q.run.ref) * q.run.c)) * factor;
+        cross =
+            (cross + z * ((ref_p - p.run.ref) * p.run.c - (ref_q - q.run.ref) * q.run.c)) * factor;
       const TileSums sums = kl_tile(xp, xq, m, p.run, q.run, p.e + start, q.e + start);
       p.run.z += sums.zp;
       q.run.z += sums.zq;
@@ -351,7 +363,8 @@ class RowKernel {
       q.top[k] = q.run.top;
     });
     if (p.run.z == 0.0 && decoupled()) return 0.0;  // the label's is the only class
-    const double log_ratio = q.run.log_z() - p.run.log_z(), value = cross / p.run.z * kLn2 + log_ratio;
+    const double log_ratio = q.run.log_z() - p.run.log_z(),
+                 value = cross / p.run.z * kLn2 + log_ratio;
     stats[kDiv] = static_cast<float>(value);
     return log_ratio - value;
   }
@@ -363,17 +376,22 @@ class RowKernel {
     if (teacher_.run.z > 0.0 && student_.run.z > 0.0) {
       const double y_s = load_one(student_.x, student_.type, job_.labels[r_]);
       const double y_t = load_one(teacher_.x, teacher_.type, job_.labels[r_]);
-      binary_ = binary_kl(static_cast<float>((y_s - student_.run.ref) * student_.scale - student_.run.log_z()),
-                          static_cast<float>((y_t - teacher_.run.ref) * teacher_.scale - teacher_.run.log_z()));
+      binary_ = binary_kl(
+          static_cast<float>((y_s - student_.run.ref) * student_.scale - student_.run.log_z()),
+          static_cast<float>((y_t - teacher_.run.ref) * teacher_.scale - teacher_.run.log_z()));
     }
     stats[kDiv] = times(alpha, binary_.value) + times(beta, stats[kDiv]);
   }
 
   void kl_gradients(Side& p, Side& q, double shift) {
-    const float alpha = decoupled() ? job_.scalars[kP0] : 0.f, beta = decoupled() ? job_.scalars[kP1] : 1.f;
-    const float cp = kd_ * p.scale * beta, cq = kd_ * q.scale * beta, offset = static_cast<float>(shift);
-    // What a decoupled KL takes off every other class, in parts of its probability, and gives the label.
-    const float label_q = kd_ * q.scale * alpha * binary_.by_s, label_p = kd_ * p.scale * alpha * binary_.by_t;
+    const float alpha = decoupled() ? job_.scalars[kP0] : 0.f,
+                beta = decoupled() ? job_.scalars[kP1] : 1.f;
+    const float cp = kd_ * p.scale * beta, cq = kd_ * q.scale * beta,
+                offset = static_cast<float>(shift);
+    // What a decoupled KL takes off every other class, in parts of its probability, and gives the
+    // label.
+    const float label_q = kd_ * q.scale * alpha * binary_.by_s,
+                label_p = kd_ * p.scale * alpha * binary_.by_t;
     for_tiles(job_.classes, [&](int64_t k, int64_t start, int64_t n) {
       const int64_t m = padded(n);
       const float fp = p.run.to_probability(p.top[k]), fq = q.run.to_probability(q.top[k]);
@@ -389,7 +407,8 @@ class RowKernel {
       if (p.d || learn_temperature_) {
         const float *xp = p.tile(start, n, buffer_[0]), *xq = q.tile(start, n, buffer_[1]);
         float* g = p.gradient_tile(start, n, buffer_[3]);
-        const float ref_p = p.run.ref, ref_q = q.run.ref, sp = p.scale, sq = q.scale, wp = cp * fp, wl = label_p * fp;
+        const float ref_p = p.run.ref, ref_q = q.run.ref, sp = p.scale, sq = q.scale, wp = cp * fp,
+                    wl = label_p * fp;
 #pragma omp simd
         for (int64_t i = 0; i < m; ++i) {
           const float difference = (xp[i] - ref_p) * sp - (xq[i] - ref_q) * sq + offset;
@@ -407,12 +426,22 @@ class RowKernel {
     const float log_s = job_.logits() ? static_cast<float>(student_.run.log_z()) : 0.f;
     const float log_t = job_.logits() ? static_cast<float>(teacher_.run.log_z()) : 0.f;
     for_tiles(job_.classes, [&](int64_t k, int64_t start, int64_t n) {
-      const TermTile x{student_.tile(start, n, buffer_[0]), teacher_.tile(start, n, buffer_[1]),
-                       student_.scale, teacher_.scale, student_.run.ref, teacher_.run.ref, log_s, log_t,
+      const TermTile x{student_.tile(start, n, buffer_[0]),
+                       teacher_.tile(start, n, buffer_[1]),
+                       student_.scale,
+                       teacher_.scale,
+                       student_.run.ref,
+                       teacher_.run.ref,
+                       log_s,
+                       log_t,
                        job_.logits() ? student_.run.to_probability(student_.top[k]) : 1.f,
                        job_.logits() ? teacher_.run.to_probability(teacher_.top[k]) : 1.f,
-                       job_.scalars[kP0], job_.scalars[kP1],
-                       student_.e + start, teacher_.e + start, g_s_ + start, g_t_ + start};
+                       job_.scalars[kP0],
+                       job_.scalars[kP1],
+                       student_.e + start,
+                       teacher_.e + start,
+                       g_s_ + start,
+                       g_t_ + start};
       const TermSums sums = terms_of(job_.kind, job_.inputs, x, padded(n));
       f += sums.f;
       g_s += sums.g_s;
@@ -441,13 +470,17 @@ class RowKernel {
   }
 
   void hard_sums(float* stats) {
-    if (hard_.e != student_.e) exponential_row(hard_);
-    else hard_.run = student_.run;
+    if (hard_.e != student_.e)
+      exponential_row(hard_);
+    else
+      hard_.run = student_.run;
     const double eps = job_.scalars[kSmoothing], lse = hard_.run.ref + hard_.run.log_z();
     const double score = load_one(student_.x, student_.type, job_.labels[r_]);
-    double value = (1.0 - eps) * job_.label_weight(r_) * ((hard_.run.ref - score) + hard_.run.log_z());
+    double value =
+        (1.0 - eps) * job_.label_weight(r_) * ((hard_.run.ref - score) + hard_.run.log_z());
     if (eps != 0.0)
-      value += eps / static_cast<double>(job_.classes) * (lse * job_.class_weight_sum - weighted_scores());
+      value += eps / static_cast<double>(job_.classes) *
+               (lse * job_.class_weight_sum - weighted_scores());
     stats[kLse1] = hard_.lse();
     stats[kCe] = static_cast<float>(value);
   }
@@ -468,7 +501,8 @@ class RowKernel {
     if (y >= 0 && y < n) g[y] = value;
   }
 
-  // The hard-label gradient of a tile: p less the targets, in pairs that cancel exactly where p is 1.
+  // The hard-label gradient of a tile: p less the targets, in pairs that cancel exactly where p
+  // is 1.
   void add_hard_gradient(int64_t k, int64_t start, int64_t n, float* g) const {
     const float eps = job_.scalars[kSmoothing], own = ce_ * (1.f - eps) * job_.label_weight(r_);
     const float to_p = hard_.run.to_probability(hard_.top[k]), share = own * to_p;
@@ -517,7 +551,8 @@ Place place(const Tensor& x, int64_t r, int64_t inner) {
 
 // Rows first to first + lanes, each to `classes` consecutive floats, and back. The lanes are the
 // inner loop: where the class axis is strided they are usually neighbours in memory.
-void gather(const Tensor& x, int64_t first, int64_t lanes, int64_t inner, int64_t classes, float* rows) {
+void gather(const Tensor& x, int64_t first, int64_t lanes, int64_t inner, int64_t classes,
+            float* rows) {
   Place lane[kColumnLanes];
   for (int64_t l = 0; l < lanes; ++l) lane[l] = place(x, first + l, inner);
   for (int64_t v = 0; v < classes; ++v)
@@ -525,7 +560,8 @@ void gather(const Tensor& x, int64_t first, int64_t lanes, int64_t inner, int64_
       rows[l * classes + v] = load_one(lane[l].data, x.dtype, v * lane[l].class_stride);
 }
 
-void scatter(const Tensor& x, int64_t first, int64_t lanes, int64_t inner, int64_t classes, const float* rows) {
+void scatter(const Tensor& x, int64_t first, int64_t lanes, int64_t inner, int64_t classes,
+             const float* rows) {
   if (!x) return;
   Place lane[kColumnLanes];
   for (int64_t l = 0; l < lanes; ++l) lane[l] = place(x, first + l, inner);
@@ -546,8 +582,10 @@ void for_rows(const Job& job, const Visit& visit) {
     parallel_for(job.rows, job.rows * classes, job.threads, [&](int64_t begin, int64_t end) {
       float* memory = thread_scratch().floats(RowKernel::memory(classes));
       for (int64_t r = begin; r < end; ++r) {
-        const Scores student{place(s, r, inner).data, s.dtype, place(job.ds, r, inner).data, job.ds.dtype};
-        const Scores teacher{place(t, r, inner).data, t.dtype, place(job.dt, r, inner).data, job.dt.dtype};
+        const Scores student{place(s, r, inner).data, s.dtype, place(job.ds, r, inner).data,
+                             job.ds.dtype};
+        const Scores teacher{place(t, r, inner).data, t.dtype, place(job.dt, r, inner).data,
+                             job.dt.dtype};
         RowKernel row(job, student, teacher, r, memory);
         visit(row, r);
       }
@@ -576,8 +614,9 @@ void for_rows(const Job& job, const Visit& visit) {
   });
 }
 
-Job make_job(Tensor student, Tensor teacher, Tensor labels, Tensor weight, Tensor class_weight, Tensor scalars,
-             Tensor ds, Tensor dt, int64_t kind, int64_t inputs, bool hard, int64_t ignore_index, int64_t threads) {
+Job make_job(Tensor student, Tensor teacher, Tensor labels, Tensor weight, Tensor class_weight,
+             Tensor scalars, Tensor ds, Tensor dt, int64_t kind, int64_t inputs, bool hard,
+             int64_t ignore_index, int64_t threads) {
   Job job{};
   job.student = student, job.teacher = teacher, job.ds = ds, job.dt = dt;
   job.labels = labels.as<int64_t>(), job.weight = weight.as<float>();
@@ -594,7 +633,8 @@ Job make_job(Tensor student, Tensor teacher, Tensor labels, Tensor weight, Tenso
     const int64_t y = job.labels[r];
     if (y != ignore_index && (y < 0 || y >= job.classes))
       throw std::out_of_range("labels hold " + std::to_string(y) + " at row " + std::to_string(r) +
-                              ", outside 0 to " + std::to_string(job.classes - 1) + " and not ignore_index");
+                              ", outside 0 to " + std::to_string(job.classes - 1) +
+                              " and not ignore_index");
   }
   job.class_weight_sum = static_cast<double>(job.classes);
   if (class_weight) {
@@ -613,12 +653,13 @@ void set_factors(Job& job, Tensor divisors) {
   job.ce = factor(kCeWeight, 1);
 }
 
-void row_divergence_forward(Tensor student, Tensor teacher, Tensor labels, Tensor weight, Tensor class_weight,
-                            Tensor scalars, Tensor divisors, Tensor losses, Tensor total, Tensor stats, Tensor ds,
-                            Tensor dt, int64_t kind, int64_t inputs, bool hard, int64_t count,
-                            int64_t ignore_index, int64_t threads) {
-  Job job = make_job(student, teacher, labels, weight, class_weight, scalars, ds, dt, kind, inputs, hard,
-                     ignore_index, threads);
+void row_divergence_forward(Tensor student, Tensor teacher, Tensor labels, Tensor weight,
+                            Tensor class_weight, Tensor scalars, Tensor divisors, Tensor losses,
+                            Tensor total, Tensor stats, Tensor ds, Tensor dt, int64_t kind,
+                            int64_t inputs, bool hard, int64_t count, int64_t ignore_index,
+                            int64_t threads) {
+  Job job = make_job(student, teacher, labels, weight, class_weight, scalars, ds, dt, kind, inputs,
+                     hard, ignore_index, threads);
   if (count) {
     double kd = 0.0, ce = 0.0;
     for (int64_t r = 0; r < job.rows; ++r) {
@@ -631,19 +672,22 @@ void row_divergence_forward(Tensor student, Tensor teacher, Tensor labels, Tenso
   }
   set_factors(job, divisors);
   float* out = losses.as<float>();
-  for_rows(job, [&](RowKernel& row, int64_t r) { out[r] = row.run(stats.as<float>() + r * kStats, 1.f, nullptr); });
+  for_rows(job, [&](RowKernel& row, int64_t r) {
+    out[r] = row.run(stats.as<float>() + r * kStats, 1.f, nullptr);
+  });
   if (!total) return;
   double sum = 0.0;
   for (int64_t r = 0; r < job.rows; ++r) sum += out[r];
   *total.as<float>() = static_cast<float>(sum);
 }
 
-void row_divergence_backward(Tensor student, Tensor teacher, Tensor labels, Tensor weight, Tensor class_weight,
-                             Tensor scalars, Tensor divisors, Tensor, Tensor upstream, Tensor ds, Tensor dt,
-                             Tensor temperature_grad, int64_t kind, int64_t inputs, bool hard,
-                             int64_t ignore_index, int64_t threads) {
-  Job job = make_job(student, teacher, labels, weight, class_weight, scalars, ds, dt, kind, inputs, hard,
-                     ignore_index, threads);
+void row_divergence_backward(Tensor student, Tensor teacher, Tensor labels, Tensor weight,
+                             Tensor class_weight, Tensor scalars, Tensor divisors, Tensor,
+                             Tensor upstream, Tensor ds, Tensor dt, Tensor temperature_grad,
+                             int64_t kind, int64_t inputs, bool hard, int64_t ignore_index,
+                             int64_t threads) {
+  Job job = make_job(student, teacher, labels, weight, class_weight, scalars, ds, dt, kind, inputs,
+                     hard, ignore_index, threads);
   set_factors(job, divisors);
   const float* up = upstream.as<float>();
   const bool per_row = upstream.numel() != 1;

@@ -15,15 +15,23 @@ enum Kind : int {
   kSkewKL = 3,         // p0 = the teacher's share of the mixture
   kSkewReverseKL = 4,  // p0 = the student's share of the mixture
   kTotalVariation = 5,
-  kAlphaBeta = 6,  // p0 = alpha, p1 = beta
-  kSoftCE = 7,         // p0 = the uniform mass mixed into the student, p1 = p0 / V
-  kSymmetricKL = 8,    // p0 = the forward KL's weight
-  kKinds = 9,          // those above have terms(), class by class
-  kDecoupledKL = 9,    // p0 = alpha of the label's binary KL, p1 = beta of the other classes' KL
+  kAlphaBeta = 6,    // p0 = alpha, p1 = beta
+  kSoftCE = 7,       // p0 = the uniform mass mixed into the student, p1 = p0 / V
+  kSymmetricKL = 8,  // p0 = the forward KL's weight
+  kKinds = 9,        // those above have terms(), class by class
+  kDecoupledKL = 9,  // p0 = alpha of the label's binary KL, p1 = beta of the other classes' KL
 };
 
 // Places in the float32[8] tensors `scalars` and `stats`.
-enum Scalar : int { kTs = 0, kTt = 1, kKdWeight = 2, kCeWeight = 3, kSmoothing = 4, kP0 = 5, kP1 = 6 };
+enum Scalar : int {
+  kTs = 0,
+  kTt = 1,
+  kKdWeight = 2,
+  kCeWeight = 3,
+  kSmoothing = 4,
+  kP0 = 5,
+  kP1 = 6
+};
 enum Stat : int { kLseS = 0, kLseT = 1, kLse1 = 2, kGs = 3, kGt = 4, kDiv = 5, kCe = 6 };
 constexpr int kScalars = 8, kStats = 8;
 
@@ -32,8 +40,8 @@ struct Terms {
   float f, g_s, g_t;
 };
 
-// x * y where x is a probability: no mass, no contribution, also against an infinite y. Probabilities
-// that users give may be NaN or negative: those must be seen.
+// x * y where x is a probability: no mass, no contribution, also against an infinite y.
+// Probabilities that users give may be NaN or negative: those must be seen.
 KDK_HD float times(float x, float y) { return x == 0.f ? 0.f : x * y; }
 
 KDK_HD Terms swapped(Terms x) { return {x.f, x.g_t, x.g_s}; }
@@ -60,7 +68,8 @@ KDK_HD Terms skew_kl(float a, float b, float ps, float pt, float share) {
   (void)ps;
   const float m = log_mix(b, a, share);
   const float f = times(pt, b - m);
-  const float r = pt > 0.f ? (1.f - share) * vexp(a - m) : 0.f;  // the student's part of the mixture
+  const float r =
+      pt > 0.f ? (1.f - share) * vexp(a - m) : 0.f;  // the student's part of the mixture
   return {f, -pt * r, f + pt * r};
 }
 
@@ -99,8 +108,8 @@ KDK_HD Binary binary_kl(float u_s, float u_t) {
   const float yes_s = log_sigmoid(u_s), no_s = log_sigmoid(-u_s);
   const float yes_t = log_sigmoid(u_t), no_t = log_sigmoid(-u_t);
   const float p = vexp(yes_t), q = vexp(no_t);
-  return {times(p, yes_t - yes_s) + times(q, no_t - no_s), u_s < u_t ? vexp(no_t) - vexp(no_s) : vexp(yes_s) - p,
-          times(p * q, u_t - u_s)};
+  return {times(p, yes_t - yes_s) + times(q, no_t - no_s),
+          u_s < u_t ? vexp(no_t) - vexp(no_s) : vexp(yes_s) - p, times(p * q, u_t - u_s)};
 }
 
 KDK_HD Terms symmetric_kl(float a, float b, float ps, float pt, float w) {
@@ -146,14 +155,17 @@ KDK_HD Terms alpha_beta(float a, float b, float alpha, float beta) {
   const float f = d * d * exp_divided_difference(sum * x, alpha * y + beta * x, sum * y);
   const float g_s = -vexp(sum * x) * d * phi(alpha * d), g_t = vexp(sum * y) * d * phi(-beta * d);
   // One side or both without mass. With alpha, beta > 0 the cross term is gone; beta = 0 leaves the
-  // student's own mass and alpha = 0 the teacher's; anything else diverges. (Both: all terms are 0.)
+  // student's own mass and alpha = 0 the teacher's; anything else diverges. (Both: all terms are
+  // 0.)
   const float es = empty_s ? 0.f : vexp(sum * a), et = empty_t ? 0.f : vexp(sum * b);
   const bool keeps_s = (alpha > 0.f) & ((beta > 0.f) | ((beta == 0.f) & (et == 0.f)));
   const bool keeps_t = (beta > 0.f) & ((alpha > 0.f) | ((alpha == 0.f) & (es == 0.f)));
-  const float edge_s = keeps_s ? es / (alpha * sum) : 0.f, edge_t = keeps_t ? et / (beta * sum) : 0.f;
+  const float edge_s = keeps_s ? es / (alpha * sum) : 0.f,
+              edge_t = keeps_t ? et / (beta * sum) : 0.f;
   const float edge = keeps_s | keeps_t ? edge_s + edge_t : INFINITY;
   const float edge_gs = keeps_s ? es / alpha : 0.f, edge_gt = keeps_t ? et / beta : 0.f;
-  return {ordinary ? f : (empty_s & empty_t ? 0.f : edge), ordinary ? g_s : edge_gs, ordinary ? g_t : edge_gt};
+  return {ordinary ? f : (empty_s & empty_t ? 0.f : edge), ordinary ? g_s : edge_gs,
+          ordinary ? g_t : edge_gt};
 }
 
 KDK_HD Terms finite_terms(int kind, float a, float b, float ps, float pt, float p0, float p1) {

@@ -9,11 +9,10 @@ reads them, so that nothing waits for the device.
 from __future__ import annotations
 
 import functools
-from typing import Union
 
 import torch
 
-Number = Union[float, int, torch.Tensor]
+Number = float | int | torch.Tensor
 
 
 _PLAIN = (float, int)
@@ -41,12 +40,20 @@ def pack(values: tuple[Number, ...]) -> torch.Tensor:
     if not readable(*tensors):
         device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
         one = torch.ones((), device=device)
-        return torch.stack([(v.detach().to(one) if isinstance(v, torch.Tensor) else one * v).reshape(()) for v in values])
+        return torch.stack(
+            [(v.detach().to(one) if isinstance(v, torch.Tensor) else one * v).reshape(()) for v in values]
+        )
     if not tensors:
         return _constant.__wrapped__(tuple(float(v) for v in values))  # type: ignore[arg-type]
     device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
     if device.type == "cpu":
-        return torch.tensor([float(v.detach() if isinstance(v, torch.Tensor) else v) for v in values], dtype=torch.float32)
-    filled = [torch.full((), float(v), device=device) if not isinstance(v, torch.Tensor) or v.device.type == "cpu"
-              else v.detach().to(torch.float32).reshape(()) for v in values]
+        return torch.tensor(
+            [float(v.detach() if isinstance(v, torch.Tensor) else v) for v in values], dtype=torch.float32
+        )
+    filled = [
+        torch.full((), float(v), device=device)
+        if not isinstance(v, torch.Tensor) or v.device.type == "cpu"
+        else v.detach().to(torch.float32).reshape(())
+        for v in values
+    ]
     return torch.stack(filled)

@@ -11,7 +11,14 @@ from kdkernels.native import View
 from kdkernels.ops import layout
 from kdkernels.ops.library import define, first_order, graph_is_kept
 from kdkernels.ops.row_divergence import native, reference
-from kdkernels.ops.row_divergence.kinds import DIVERGENCE, KD_WEIGHT, STATS, TEACHER_TEMPERATURE, TEMPERATURE, Inputs, Kind
+from kdkernels.ops.row_divergence.kinds import (
+    DIVERGENCE,
+    KD_WEIGHT,
+    STATS,
+    TEMPERATURE,
+    Inputs,
+    Kind,
+)
 from kdkernels.ops.scalars import Number, pack
 from kdkernels.ops.scale.op import scaled
 
@@ -71,7 +78,11 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     rows = _rows(student, dim)
     options = {"dtype": torch.float32, "device": student.device}
-    total, losses, saved = torch.empty((), **options), torch.empty(rows, **options), torch.empty(rows + 1, STATS, **options)
+    total, losses, saved = (
+        torch.empty((), **options),
+        torch.empty(rows, **options),
+        torch.empty(rows + 1, STATS, **options),
+    )
     ds = torch.empty_like(student) if want_student else student.new_empty(0)
     dt = torch.empty_like(teacher) if want_teacher else teacher.new_empty(0)
     used = None
