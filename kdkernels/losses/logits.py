@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,7 +37,8 @@ def _soft_term(divergence: str, options: Mapping[str, Number] | None) -> tuple[K
         if name not in defaults:
             raise ValueError(f"divergence {divergence!r} has no option {name!r}; it has {sorted(defaults) or 'none'}")
         bounded = kind not in (Kind.ALPHA_BETA, Kind.DECOUPLED_KL)
-        checks.number(name, value, **({"low": 0, "high": 1} if bounded else {}))
+        low, high = (0, 1) if bounded else (-math.inf, math.inf)
+        checks.number(name, value, low=low, high=high)
     values: list[Number] = list({**defaults, **(options or {})}.values())
     return kind, (values + [0.0, 0.0])[:2]
 
