@@ -219,10 +219,12 @@ Problem problem(const Tensor& student, const Tensor& teacher, const Tensor& labe
       array<float>(stats, DType::f32, p.rows * kStats, "stats must be contiguous f32[rows, 8]");
   require(p.stats || p.rows == 0, "stats are required");
   require(aligned16(p.stats), "stats must be aligned to 16 bytes");
-  require(kind >= 0 && kind < kKinds, "unknown kind");
+  require(kind >= 0 && (kind < kKinds || kind == kDecoupledKL), "unknown kind");
   require(inputs >= 0 && inputs <= 2, "inputs must be 0, 1 or 2");
   require(inputs != 2 || !dt, "a teacher given as probabilities has no gradient");
   require(!hard || labels || p.rows == 0, "the hard-label term needs labels");
+  require(kind != kDecoupledKL || labels || p.rows == 0, "a decoupled KL needs labels");
+  require(kind != kDecoupledKL || inputs == 0, "a decoupled KL takes logits only");
   p.ignore_index = ignore_index;
   p.kind = static_cast<int>(kind);
   p.inputs = static_cast<int>(inputs);

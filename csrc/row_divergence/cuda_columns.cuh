@@ -37,6 +37,7 @@ class ColumnsIo {
   __device__ int index(int chunk, int i) const { return chunk + kSlices * i; }
   __device__ bool holds(int, int v) const { return v >= 0; }
   __device__ float student(int v) const { return E::get(s_ + v * p_.s.cls * s_bytes_, p_.s.dtype); }
+  __device__ float teacher(int v) const { return E::get(t_ + v * p_.t.cls * t_bytes_, p_.t.dtype); }
 
   template <class Body>
   __device__ void sweep(bool, Body&& body) {

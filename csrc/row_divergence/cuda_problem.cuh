@@ -95,15 +95,19 @@ __device__ inline float row_weight(const Problem& p, int64_t row) {
 
 // ---------------------------------------------------------------------------- statistics
 
+// A decoupled KL's: lse_s and lse_t are of the classes other than the label's (-inf: there is
+// none), G_s is the KL among them, G_t the label's binary KL.
+
 // A float32 log-sum-exp of 20 is off by up to 1e-6, and so would be every probability that a
 // backward makes from it, several times a softmax's error. Seven more bits of each of the three
 // log-sum-exps travel in the last place of a row's statistics; as a float that is a subnormal, and
 // the 0 that other backends leave there means none.
 constexpr int kLseLow = 7;
 
-// log2(z) for 1 <= z < inf to about 1e-10, from the float32 one by a Newton step.
+// log2(z) for 1 <= z < inf, or 0, to about 1e-10, from the float32 one by a Newton step.
 __device__ inline double exact_log2(float z) {
   const float l = log2f(z), n = rintf(l);
+  if (l == -INFINITY) return l;                                        // no classes
   const double x = -0.69314718055994531 * static_cast<double>(l - n);  // |x| < 0.35
   double e = 1. / 362880;
   e = fma(e, x, 1. / 40320);

@@ -19,6 +19,10 @@ struct Side {
     scale = 1.f / z;
     log2_z = log2f(z);
   }
+  // Of no classes at all: no probability, and infinite odds for any class against them.
+  __device__ void from_nothing() { offset = scale = 0.f, log2_z = -INFINITY; }
+  // log p, of a class that need not be among those summed.
+  __device__ float log_p(float x, float c) const { return kLn2 * (u(x, c) - log2_z); }
   // The part of the log-sum-exp that one float does not hold goes into the scale.
   __device__ void from_lse(double lse, float temperature, float c) {
     const double unit = kExact ? 1. : c, exact = lse * temperature * unit;
@@ -40,8 +44,19 @@ struct RowState {
   float mean;                          // of a KL's difference of exponents, in units of 1
   float kd_s, kd_t;                    // upstream, weights and 1/T of the divergence's gradient
   float ce_p, ce_label, ce_smoothing;  // of p_1, of the label, of each class weight
-  int label;                           // -1: no hard-label term
+  int label;                           // -1: none, or not needed
+  // A decoupled KL: the label's entries of its gradients, and the weight of the other classes' KL.
+  float label_s, label_t, rest;
 };
+
+// A chunk without a class.
+template <int N, class Io>
+__device__ inline void leave_out(const Io& io, int chunk, int v, float (&xs)[N], float (&xt)[N]) {
+  if (!io.holds(chunk, v)) return;
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    if (io.index(chunk, i) == v) xs[i] = xt[i] = -INFINITY;
+}
 
 // Nine divergences in line, eight times a chunk, would be most of the binary: their loop is not
 // unrolled, and registers have no index, so the chunk turns past its first place instead.
@@ -112,6 +127,33 @@ __device__ inline void add_hard(const Problem& p, const Setup& q, const RowState
   }
 }
 
+// A decoupled KL's gradients: a forward KL's among the other classes, less a multiple of their
+// probabilities, which is the label's entry.
+template <int N, class Io>
+__device__ inline void decoupled_gradient(const Problem& p, const Setup& q,
+                                          const RowState<Io::kExact>& r, const Io& io, int chunk,
+                                          const float (&xs)[N], const float (&xt)[N],
+                                          float (&gs)[N], float (&gt)[N],
+                                          ByTemperature& temperatures) {
+  const float k_s = r.kd_s * r.s.scale, k_t = r.kd_t * r.t.scale;
+  const float t_to_s = r.s.scale > 0.f ? r.t.scale / r.s.scale : 0.f;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const bool label = io.index(chunk, i) == r.label;
+    const float us = r.s.u(xs[i], q.c_s), ut = r.t.u(xt[i], q.c_t);
+    const float es = label ? 0.f : fast_exp2(us), et = label ? 0.f : fast_exp2(ut);
+    const float of_s = fmaf(r.rest, fmaf(-et, t_to_s, es), -r.label_s * es);
+    const float of_t = fmaf(r.rest, fmaf(kLn2, ut - us, -r.mean), -r.label_t);
+    gs[i] = label ? r.kd_s * r.label_s : k_s * of_s;
+    gt[i] = label ? r.kd_t * r.label_t : k_t * (et > 0.f ? et * of_t : 0.f);
+    if (p.temperature_grad) {
+      ByTemperature::add(temperatures.s, us, gs[i], es * r.s.scale);
+      ByTemperature::add(temperatures.t, ut, gt[i], et * r.t.scale);
+    }
+  }
+  if (p.hard) add_hard(p, q, r, io, chunk, xs, gs);
+}
+
 // The chunk's gradients by s and t, and the temperatures' sums.
 template <bool kAny, int N, class Io>
 __device__ inline void gradient(const Problem& p, const Setup& q, const RowState<Io::kExact>& r,
@@ -119,6 +161,8 @@ __device__ inline void gradient(const Problem& p, const Setup& q, const RowState
                                 float (&gs)[N], float (&gt)[N], ByTemperature& temperatures) {
   const float k_s = r.kd_s * r.s.scale, k_t = r.kd_t * r.t.scale;
   if constexpr (kAny) {
+    if (q.kind == kDecoupledKL)
+      return decoupled_gradient(p, q, r, io, chunk, xs, xt, gs, gt, temperatures);
 #pragma unroll
     for (int i = 0; i < N; ++i) gs[i] = gt[i] = 0.f;
     if (p.hard) add_hard(p, q, r, io, chunk, xs, gs);
@@ -196,9 +240,10 @@ __device__ inline float run_row(const Problem& p, const Setup& q, Io& io, const 
   const bool active = w != 0.f;
   if (valid) io.open(row);
 
+  const bool decoupled = kAny && q.kind == kDecoupledKL, needs_label = p.hard || decoupled;
   RowState<kExact> r;
   r.label = -1;
-  if (p.hard && active) {
+  if (needs_label && active) {
     const int64_t y = p.labels[row];
     if (y >= 0 && y < p.classes) r.label = static_cast<int>(y);
   }
@@ -217,7 +262,15 @@ __device__ inline float run_row(const Problem& p, const Setup& q, Io& io, const 
     o = op.start();
     if (active) {
       io.sweep(first, [&](int chunk, const float (&xs)[N], const float (&xt)[N]) {
-        op.add(o, xs, xt);
+        if constexpr (kAny) {
+          float s[N], t[N];
+#pragma unroll
+          for (int i = 0; i < N; ++i) s[i] = xs[i], t[i] = xt[i];
+          if (decoupled) leave_out(io, chunk, r.label, s, t);
+          op.add(o, s, t);
+        } else {
+          op.add(o, xs, xt);
+        }
         if (q.smooth) {
           for (int i = 0; i < N; ++i) {
             const int v = io.index(chunk, i);
@@ -251,7 +304,14 @@ __device__ inline float run_row(const Problem& p, const Setup& q, Io& io, const 
     label_logit = io.student(r.label);
     if (p.class_weight) label_weight = p.class_weight[r.label];
   }
-  const bool bad_label = p.hard && active && r.label < 0;
+  const bool bad_label = needs_label && active && r.label < 0;
+  // The hard-label term sees all classes, also where the sums have left one out.
+  float m_1 = o.m_s;
+  if (decoupled && p.hard && !p.backward) {
+    m_1 = fmaxf(o.m_s, label_logit);
+    z_1 = z_1 * fast_exp2(OnlineOp<kExact>::distance(o.m_s, m_1, kLog2e)) +
+          fast_exp2(exponent<kExact>(label_logit, kLog2e, offset_of<kExact>(m_1, kLog2e)));
+  }
   float* const stats = p.stats + (valid ? row : 0) * kStats;
   const float inv_classes = 1.f / static_cast<float>(p.classes);
   if (p.backward && active) {
@@ -261,12 +321,27 @@ __device__ inline float run_row(const Problem& p, const Setup& q, Io& io, const 
     r.one.from_lse(join_lse(stats[kLse1], low, 2), 1.f, kLog2e);
     r.g_s = stats[kGs], r.g_t = stats[kGt], r.divergence = stats[kDiv];
     const float z_ratio = r.t.log2_z - r.s.log2_z;
-    r.mean = fmaf(kLn2, q.path == kFastReverse ? -z_ratio : z_ratio, r.divergence);
+    r.mean =
+        fmaf(kLn2, q.path == kFastReverse ? -z_ratio : z_ratio, decoupled ? r.g_s : r.divergence);
+    if (decoupled && stats[kLseS] == -INFINITY) r.s.from_nothing();
+    if (decoupled && stats[kLseT] == -INFINITY) r.t.from_nothing();
   } else {
     r.s.from_sums(o.m_s, q.c_s, o.z_s);
     r.t.from_sums(o.m_t, q.c_t, o.z_t);
-    r.one.from_sums(o.m_s, kLog2e, z_1);
+    r.one.from_sums(m_1, kLog2e, z_1);
     r.divergence = r.g_s = r.g_t = r.mean = 0.f;
+    if (decoupled && o.z_s == 0.f) r.s.from_nothing();
+    if (decoupled && o.z_t == 0.f) r.t.from_nothing();
+  }
+  Binary binary = {0.f, 0.f, 0.f};
+  if (decoupled && active) {
+    const float odds_s = r.s.log_p(label_logit, q.c_s);
+    const float odds_t = r.t.log_p(r.label >= 0 ? io.teacher(r.label) : 0.f, q.c_t);
+    binary = binary_kl(odds_s, odds_t);
+    // A weight of 0 must not hide what is no number.
+    if (odds_s != odds_s || odds_t != odds_t) binary.value = binary.by_s = binary.by_t = NAN;
+    r.label_s = times(q.p0, binary.by_s), r.label_t = times(q.p0, binary.by_t);
+    r.rest = r.t.scale == 0.f ? 0.f : q.p1;
   }
 
   // The divergence, in a second sweep where it needs both log-sum-exps first.
@@ -279,6 +354,14 @@ __device__ inline float run_row(const Problem& p, const Setup& q, Io& io, const 
       r.mean = -kLn2 * (o.ratio / o.z_s);
       r.divergence = r.mean + logf(o.z_t / o.z_s);
       r.g_s = r.divergence + 1.f, r.g_t = -1.f;
+    } else if (decoupled) {
+      r.g_t = binary.value;
+      if (r.t.scale != 0.f) {
+        r.mean = kLn2 * (o.ratio / o.z_t);
+        r.g_s = r.mean + logf((r.s.scale == 0.f ? 1.f : o.z_s) / o.z_t);
+      }
+      r.divergence = times(q.p0, r.g_t) + times(q.p1, r.g_s);
+      if (bad_label || r.g_t != r.g_t) r.divergence = NAN;
     } else {
       Sums d = {0.f, 0.f, 0.f};  // f, g_s, g_t
       if (active) {
@@ -317,12 +400,12 @@ __device__ inline float run_row(const Problem& p, const Setup& q, Io& io, const 
     }
     if (p.hard) {
       // log Z, and in m c - round(m c) what the exponents had too much.
-      const float to_lse = logf(z_1) + (kExact ? 0.f : -kLn2 * fmaf(o.m_s, kLog2e, -r.one.offset));
-      const float nll = (o.m_s - label_logit) + to_lse;
+      const float to_lse = logf(z_1) + (kExact ? 0.f : -kLn2 * fmaf(m_1, kLog2e, -r.one.offset));
+      const float nll = (m_1 - label_logit) + to_lse;
       ce = (1.f - q.smoothing) * label_weight * nll;
       if (q.smooth)
-        ce += q.smoothing * inv_classes *
-              fmaf((o.m_s - reference) + to_lse, class_weights, -smooth.x);
+        ce +=
+            q.smoothing * inv_classes * fmaf((m_1 - reference) + to_lse, class_weights, -smooth.x);
       if (bad_label) ce = NAN;
     }
   }

@@ -122,6 +122,7 @@ class RowsIo {
     return v >= 0 && static_cast<unsigned>(v - (chunk * N - pad_)) < static_cast<unsigned>(N);
   }
   __device__ float student(int v) const { return E::get(s_ + int64_t{v} * s_bytes(), p_.s.dtype); }
+  __device__ float teacher(int v) const { return E::get(t_ + int64_t{v} * t_bytes(), p_.t.dtype); }
 
   // body(chunk, student, teacher) for this thread's chunks. The first sweep of a row fetches it.
   template <class Body>

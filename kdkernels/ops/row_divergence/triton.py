@@ -103,9 +103,20 @@ def _on(device: torch.device) -> Any:
 
 
 def _simple(kind: int, inputs: int) -> bool:
-    if kind > Kind.SYMMETRIC_KL:
+    if kind > Kind.DECOUPLED_KL:
         raise NotImplementedError(f"the Triton kernels do not know the divergence {Kind(kind).name}")
-    return kind in (Kind.FORWARD_KL, Kind.REVERSE_KL) and inputs == Inputs.LOGITS
+    return kind in (Kind.FORWARD_KL, Kind.REVERSE_KL, Kind.DECOUPLED_KL) and inputs == Inputs.LOGITS
+
+
+def _without_label(kind: int, inputs: int, labels: Any) -> bool:
+    """Whether the label's class stands apart from the others."""
+    if kind != Kind.DECOUPLED_KL:
+        return False
+    if inputs != Inputs.LOGITS:
+        raise ValueError("row_divergence: a decoupled KL takes logits only")
+    if labels is None:
+        raise ValueError("row_divergence: a decoupled KL needs labels")
+    return True
 
 
 def forward(
@@ -138,6 +149,7 @@ def forward(
     pointer, values = _scalars(scalars, scalars_on_device)
     R, C, warps, resident = plan(V, rows, inner, strided)
     count = count if divisors is not None else 0
+    others = _without_label(kind, inputs, labels)
     with _on(s.device):
         if rows == 0:
             _empty(divisors, total, count)
@@ -153,14 +165,15 @@ def forward(
                 s, t, labels, weight, class_weight, pointer, divisors, losses, total if programs == 1 else None,
                 stats, None, ds_, dt_, None, *values, inner, V, 0, *flat, kind, inputs, ignore_index, blocks,
                 count if counted else 0, rows,
-                R=R, C=C, B=BLOCK, HARD=bool(hard), SIMPLE=_simple(kind, inputs), COLUMNS=strided, num_warps=warps,
+                R=R, C=C, B=BLOCK, HARD=bool(hard), SIMPLE=_simple(kind, inputs), OTHERS=others, COLUMNS=strided,
+                num_warps=warps,
             )  # fmt: skip
         else:
             again = ds is not None or dt is not None or not _simple(kind, inputs)
             kernels.looped_kernel[(programs,)](
                 s, t, labels, weight, class_weight, pointer, divisors, losses, stats, ds_, dt_, *values, inner, V,
                 *flat, kind, inputs, ignore_index, blocks,
-                R=R, C=C, HARD=bool(hard), SIMPLE=_simple(kind, inputs), COLUMNS=strided,
+                R=R, C=C, HARD=bool(hard), SIMPLE=_simple(kind, inputs), OTHERS=others, COLUMNS=strided,
                 FIRST="evict_last" if again else "evict_first", num_warps=warps,
             )  # fmt: skip
         if total is not None and not (resident and programs == 1):
@@ -191,6 +204,7 @@ def backward(
         _tensor, (student, teacher, ds, dt, divisors, stats, temperature_grad)
     )
     labels, weight, class_weight, upstream = map(_vector, (labels, weight, class_weight, upstream))
+    others = _without_label(kind, inputs, labels)
     outer, V, inner, strides, strided = _rows((student, teacher, ds, dt))
     if outer * inner == 0:
         return
@@ -204,13 +218,14 @@ def backward(
             kernels.resident_kernel[(outer * blocks,)](
                 s, t, labels, weight, class_weight, pointer, divisors, None, None, None, upstream, ds_, dt_,
                 temperature_grad, *values, inner, V, up, *flat, kind, inputs, ignore_index, blocks, 0, 0,
-                R=R, C=C, B=BLOCK, HARD=bool(hard), SIMPLE=_simple(kind, inputs), COLUMNS=strided, num_warps=warps,
+                R=R, C=C, B=BLOCK, HARD=bool(hard), SIMPLE=_simple(kind, inputs), OTHERS=others, COLUMNS=strided,
+                num_warps=warps,
             )  # fmt: skip
             return
         kernels.backward_kernel[(outer * blocks,)](
             s, t, labels, weight, class_weight, pointer, divisors, stats, upstream, ds_, dt_, temperature_grad,
             *values, inner, V, up, *flat, kind, inputs, ignore_index, blocks,
-            R=R, C=C, HARD=bool(hard), SIMPLE=_simple(kind, inputs), COLUMNS=strided, num_warps=warps,
+            R=R, C=C, HARD=bool(hard), SIMPLE=_simple(kind, inputs), OTHERS=others, COLUMNS=strided, num_warps=warps,
         )  # fmt: skip
 
 
@@ -251,19 +266,21 @@ def _sum(losses: torch.Tensor, total: torch.Tensor, rows: int) -> None:
     kernels.sum_kernel[(1,)](losses, total, rows, BLOCK, B=BLOCK)
 
 
-def _compiled(name: str, kernel: Any, p: Plan, dtype: str, grads: str, strided: bool, full: bool, hard: bool) -> dict:
+def _compiled(
+    name: str, kernel: Any, p: Plan, dtype: str, grads: str, strided: bool, full: bool, hard: bool, others: bool = False
+) -> dict:
     """One compilation of a row kernel, as a launch on long or short rows with aligned strides makes it."""
     types = dict.fromkeys(kernel.arg_names, "i32")
     types |= dict.fromkeys(("student", "teacher"), f"*{dtype}")
     types |= {n: f"*{dtype}" for n, want in (("ds", "s"), ("dt", "t")) if want in grads}
     types |= dict.fromkeys(("losses", "stats", "divisors", "upstream"), "*fp32")
     types |= dict.fromkeys(("ts", "tt", "kd", "ce", "eps", "p0", "p1"), "fp32")
-    constexprs: dict[str, Any] = {"R": p.R, "C": p.C, "B": BLOCK, "HARD": hard, "SIMPLE": not full}
+    constexprs: dict[str, Any] = {"R": p.R, "C": p.C, "B": BLOCK, "HARD": hard, "SIMPLE": not full, "OTHERS": others}
     constexprs |= {"COLUMNS": strided, "FIRST": "evict_last"}
     constexprs |= dict.fromkeys(("weight", "class_weight", "scalars", "total", "temperature_grad"))
     constexprs |= {n: None for n, want in (("ds", "s"), ("dt", "t")) if want not in grads}
     constexprs |= {f"{x}_{'i' if strided else 'c'}": 1 for x in ("s", "t", "ds", "dt")}
-    if hard:
+    if hard or others:
         types["labels"] = "*i64"
     else:
         constexprs["labels"] = None
@@ -296,10 +313,13 @@ def aot_signatures() -> list[dict]:
         ("looped any kind, both gradients, f32", looped, long_, "fp32", "st", False, True, False),
         ("looped backward KL", backward_, long_, "fp16", "s", False, False, False),
         ("looped backward any kind", backward_, long_, "fp16", "st", False, True, False),
+        ("looped decoupled KL", looped, long_, "bf16", "st", False, False, True, True),
+        ("looped backward decoupled KL", backward_, long_, "fp16", "st", False, False, True, True),
         ("8192 KL", resident, short, "bf16", "s", False, False, False),
         ("8192 CE + KL, f32", resident, short, "fp32", "s", False, False, True),
         ("8192 any kind", resident, short, "bf16", "s", False, True, False),
         ("8192 any kind, both gradients, f32", resident, short, "fp32", "st", False, True, False),
+        ("8192 decoupled KL, f32", resident, short, "fp32", "s", False, False, True, True),
         ("64x100 CE + KL", resident, small, "fp32", "s", False, False, True),
         ("NCHW 19 KL", resident, image, "bf16", "s", True, False, False),
         ("NCHW 150 CE + KL", resident, plan(150, 16384, 8192, True), "bf16", "st", True, False, True),

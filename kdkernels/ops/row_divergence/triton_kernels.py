@@ -16,17 +16,21 @@ from kdkernels.ops.row_divergence.triton_terms import (
     class_weights,
     count_rows,
     cross_entropy,
+    decoupled,
     factor,
     finite,
     inverse,
     load,
     load_row,
     load_scalars,
+    log_odds,
     log_probs,
     moments,
+    no_class,
     plain_kind,
     public_sums,
     read,
+    rest_gradient,
     split,
     store,
     sums,
@@ -34,6 +38,7 @@ from kdkernels.ops.row_divergence.triton_terms import (
     terms,
     times,
     whole,
+    without,
     write_row,
 )
 
@@ -42,9 +47,14 @@ from kdkernels.ops.row_divergence.triton_terms import (
 def _gradient_sweep(
     s_row, t_row, ds_row, dt_row, s_c, t_c, ds_c, dt_c, V, inside, live, y, cwy, class_weight, total_cw, kw, cw_row,
     m_s, lz_s, m_t, lz_t, m1, lz1, G_s, G_t, ts, tt, eps, p0, p1, kind, inputs, other_t,
-    R: tl.constexpr, C: tl.constexpr, HARD: tl.constexpr, SIMPLE: tl.constexpr, COLUMNS: tl.constexpr, SUMS: tl.constexpr,
+    odds_s, odds_t, label_s, label_t, rest,
+    R: tl.constexpr, C: tl.constexpr, HARD: tl.constexpr, SIMPLE: tl.constexpr, OTHERS: tl.constexpr,
+    COLUMNS: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """The last sweep: gradients of a tile of rows from the sums. SUMS makes temperature gradients."""
+    """The last sweep: gradients of a tile of rows from the sums. SUMS makes temperature gradients.
+
+    odds_s to rest: of a decoupled KL (OTHERS), from `decoupled`.
+    """
     plain = inputs == 0
     inv_s = inverse(ts, plain)
     inv_t = inverse(tt, plain)
@@ -61,14 +71,23 @@ def _gradient_sweep(
         mask = read(inside, live, COLUMNS)[:, None] & (cols < V)[None, :]
         s = load(s_row, cols, s_c, mask, float("-inf"), "evict_first")
         t = load(t_row, cols, t_c, mask, other_t, "evict_first")
-        a = log_probs(s, m_s, inv_s, lz_s)
+        own = cols[None, :] == y[:, None]
+        among = s
+        if OTHERS:
+            among = without(s, own)
+            t = without(t, own)
+        a = log_probs(among, m_s, inv_s, lz_s)
         ps = tl.exp(a)
         b, pt = teacher_probs(t, m_t, inv_t, lz_t, inputs)
         part = terms(kind, a, b, ps, pt, p0, p1, one, SIMPLE)
         gs = part[1]
         gt = part[2]
         if ds_row is not None or SUMS:
-            g = kw[:, None] * ((gs - ps * G_s[:, None]) * inv_s)
+            g = gs - ps * G_s[:, None]
+            if OTHERS:
+                g = rest_gradient(g, rest, label_s, ps, own)
+                a = tl.where(own, odds_s[:, None], a)
+            g = kw[:, None] * (g * inv_s)
             if SUMS:
                 part = moments(a, ps, g, mask)
                 sum_s += part[0]
@@ -81,7 +100,11 @@ def _gradient_sweep(
                     g += cw_row[:, None] * ce_gradient(p1_, cols, y, cwy, cw, total_cw, eps, V)
                 store(ds_row, cols, ds_c, here, tl.where(live[:, None], g, 0.0))
         if dt_row is not None or SUMS:
-            h = kw[:, None] * ((gt - pt * G_t[:, None]) * inv_t)
+            h = gt - pt * G_t[:, None]
+            if OTHERS:
+                h = rest_gradient(h, rest, label_t, pt, own)
+                b = tl.where(own, odds_t[:, None], b)
+            h = kw[:, None] * (h * inv_t)
             if SUMS:
                 part = moments(b, pt, h, mask)
                 sum_t += part[0]
@@ -98,13 +121,14 @@ def looped_kernel(
     ts, tt, kd, ce, eps, p0, p1, inner, V,
     s_o, s_c, s_i, t_o, t_c, t_i, ds_o, ds_c, ds_i, dt_o, dt_c, dt_i,
     kind, inputs, ignore_index, blocks,
-    R: tl.constexpr, C: tl.constexpr, HARD: tl.constexpr, SIMPLE: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, HARD: tl.constexpr, SIMPLE: tl.constexpr, OTHERS: tl.constexpr,
     COLUMNS: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """Loss and gradient of rows that do not stay on chip.
 
     SIMPLE (forward and reverse KL of logits): one sweep for the sums, online, and one for the gradient. Otherwise
-    log-sum-exps, sums of the divergence, gradient. FIRST: eviction policy of every sweep but the last.
+    log-sum-exps, sums of the divergence, gradient. OTHERS: the decoupled KL, a forward KL (SIMPLE) that leaves the
+    label's class out. FIRST: eviction policy of every sweep but the last.
     """
     ts, tt, kd, ce, eps, p0, p1 = load_scalars(scalars, ts, tt, kd, ce, eps, p0, p1)
     pid = tl.program_id(0)
@@ -123,6 +147,8 @@ def looped_kernel(
     y, cwy, w = load_row(row, inside, labels, weight, class_weight, V, ignore_index, HARD)
     live = inside & (w != 0.0)
     kind = plain_kind(kind, p0)
+    if OTHERS:
+        kind = 0
     plain = inputs == 0
     inv_s = inverse(ts, plain)
     inv_t = inverse(tt, plain)
@@ -133,8 +159,11 @@ def looped_kernel(
     # Log-sum-exps relative to the running maxima; the sums stay apart by lane until the end. For forward KL `d` is
     # sum e^y (y - x), with x and y relative to their maxima; for reverse KL the two change places.
     x_y = tl.zeros([R], tl.float32)
-    if HARD:
+    u_y = x_y
+    if HARD or OTHERS:
         x_y = tl.load(s_row + y.to(tl.int64) * s_c, mask=live, other=0.0).to(tl.float32)
+    if OTHERS:
+        u_y = tl.load(t_row + y.to(tl.int64) * t_c, mask=live, other=0.0).to(tl.float32)
     m_s = tl.full([R], float("-inf"), tl.float32)
     m_t = tl.full([R], float("-inf"), tl.float32)
     base_s = tl.zeros([R], tl.float32)
@@ -152,6 +181,10 @@ def looped_kernel(
         mask = read(inside, live, COLUMNS)[:, None] & (cols < V)[None, :]
         s = load(s_row, cols, s_c, mask, float("-inf"), FIRST)
         t = load(t_row, cols, t_c, mask, float("-inf"), FIRST)
+        if OTHERS:
+            own = cols[None, :] == y[:, None]
+            s = without(s, own)
+            t = without(t, own)
         top_s = tl.maximum(m_s, tl.max(s, 1))
         top_t = tl.maximum(m_t, tl.max(t, 1))
         new_s = finite(top_s)
@@ -181,13 +214,28 @@ def looped_kernel(
     m_t = tl.where(plain, base_t, 0.0)
     sum_s = tl.sum(z_s, 1)
     sum_t = tl.sum(z_t, 1)
+    odds_s = x_y
+    odds_t = u_y
+    all_s = sum_s
+    all_t = sum_t
+    if OTHERS:
+        odds_s = log_odds(x_y, m_s, inv_s, sum_s)
+        odds_t = log_odds(u_y, m_t, inv_t, sum_t)
+        sum_s = no_class(sum_s)
+        sum_t = no_class(sum_t)
     lz_s = tl.where(plain, tl.log(tl.where(plain, sum_s, 1.0)), 0.0)
     lz_t = tl.where(plain, tl.log(tl.where(plain, sum_t, 1.0)), 0.0)
     lz1 = lz_s
     CE = tl.zeros([R], tl.float32)
     total_cw = CE
+    base_1 = base_s
     if HARD:
-        lz1 = tl.log(tl.sum(z1, 1))
+        sum_1 = tl.sum(z1, 1)
+        if OTHERS:
+            # The hard-label term sees the label's class too.
+            base_1 = finite(tl.where(sum_1 == 0.0, x_y, tl.maximum(base_s, x_y)))
+            sum_1 = times(sum_1, tl.exp(base_s - base_1)) + tl.exp(x_y - base_1)
+        lz1 = tl.log(sum_1)
         # Label smoothing sums the logits, relative to the maximum: a sweep that only it pays for.
         smooth = tl.zeros([R, C], tl.float32)
         weights = tl.zeros([C], tl.float32)
@@ -196,10 +244,10 @@ def looped_kernel(
             mask = read(inside, live, COLUMNS)[:, None] & (cols < V)[None, :]
             cw = class_weights(class_weight, cols, V)
             s = load(s_row, cols, s_c, mask, float("-inf"), FIRST)
-            smooth += tl.where(mask, times(cw[None, :], s - base_s[:, None]), 0.0)
+            smooth += tl.where(mask, times(cw[None, :], s - base_1[:, None]), 0.0)
             weights += cw
         total_cw += tl.sum(weights, 0)
-        CE = cross_entropy(lz1, x_y - base_s, tl.sum(smooth, 1), total_cw, cwy, eps, V)
+        CE = cross_entropy(lz1, x_y - base_1, tl.sum(smooth, 1), total_cw, cwy, eps, V)
 
     if SIMPLE:
         D = tl.sum(d, 1) / tl.where(kind == 0, sum_t, sum_s) - (lz_t - lz_s) * side
@@ -235,18 +283,28 @@ def looped_kernel(
         cw_row *= ce
     g_s, g_t = sums(kind, inputs, D, G_s, G_t)
     G_s, G_t = public_sums(kind, inputs, D, G_s, G_t)
+    label_s = odds_s
+    label_t = odds_t
+    rest = D
+    log_s = lz_s
+    log_t = lz_t
+    if OTHERS:
+        D, G_s, G_t, label_s, label_t, rest = decoupled(D, odds_s, odds_t, all_t, p0, p1)
+        g_t = G_s
+        log_s = tl.log(all_s)
+        log_t = tl.log(all_t)
     # A log-sum-exp rounded to float32 would cost the backward digits on peaked or shifted logits. What it lacks goes
     # into the last statistic, three times ten bits (the highest bit of the exponent stays 0: a finite number).
-    lse_s, rest_s = split(m_s.to(tl.float64) * inv_s.to(tl.float64) + lz_s)
-    lse_t, rest_t = split(m_t.to(tl.float64) * inv_t.to(tl.float64) + lz_t)
-    lse_1, rest_1 = split(base_s.to(tl.float64) + lz1)
+    lse_s, rest_s = split(m_s.to(tl.float64) * inv_s.to(tl.float64) + log_s)
+    lse_t, rest_t = split(m_t.to(tl.float64) * inv_t.to(tl.float64) + log_t)
+    lse_1, rest_1 = split(base_1.to(tl.float64) + lz1)
     rests = (rest_s | (rest_t << 10) | (rest_1 << 20)).to(tl.float32, bitcast=True)
     write_row(row, inside, live, losses, stats, kw, cw_row, D, CE, lse_s, lse_t, lse_1, G_s, G_t, rests)
     if ds is not None or dt is not None:
         _gradient_sweep(
             s_row, t_row, ds_row, dt_row, s_c, t_c, ds_c, dt_c, V, inside, live, y, cwy, class_weight, total_cw,
-            kw, cw_row, m_s, lz_s, m_t, lz_t, base_s, lz1, g_s, g_t, ts, tt, eps, p0, p1, kind, inputs, other_t,
-            R, C, HARD, SIMPLE, COLUMNS, False,
+            kw, cw_row, m_s, lz_s, m_t, lz_t, base_1, lz1, g_s, g_t, ts, tt, eps, p0, p1, kind, inputs, other_t,
+            odds_s, odds_t, label_s, label_t, rest, R, C, HARD, SIMPLE, OTHERS, COLUMNS, False,
         )  # fmt: skip
 
 
@@ -257,7 +315,7 @@ def resident_kernel(
     s_o, s_c, s_i, t_o, t_c, t_i, ds_o, ds_c, ds_i, dt_o, dt_c, dt_i,
     kind, inputs, ignore_index, blocks, count, rows,
     R: tl.constexpr, C: tl.constexpr, B: tl.constexpr, HARD: tl.constexpr, SIMPLE: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    OTHERS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Loss and gradient of rows that stay in registers: each logit is read once.
 
@@ -274,6 +332,8 @@ def resident_kernel(
     y, cwy, w = load_row(row, inside, labels, weight, class_weight, V, ignore_index, HARD)
     live = inside & (w != 0.0)
     kind = plain_kind(kind, p0)
+    if OTHERS:
+        kind = 0
     plain = inputs == 0
     inv_s = inverse(ts, plain)
     inv_t = inverse(tt, plain)
@@ -284,10 +344,19 @@ def resident_kernel(
     s = load(student + o * s_o + i * s_i, cols, s_c, mask, float("-inf"), "evict_first")
     t = load(teacher + o * t_o + i * t_i, cols, t_c, mask, other_t, "evict_first")
 
+    own = cols[None, :] == y[:, None]
     m1 = finite(tl.max(s, 1))
-    m_s = tl.where(plain, m1, 0.0)
+    top_s = m1
+    among = s
+    if OTHERS:
+        s_y = tl.sum(tl.where(own, s, 0.0), 1)
+        t_y = tl.sum(tl.where(own, t, 0.0), 1)
+        among = without(s, own)
+        t = without(t, own)
+        top_s = finite(tl.max(among, 1))
+    m_s = tl.where(plain, top_s, 0.0)
     m_t = tl.where(plain, finite(tl.max(t, 1)), 0.0)
-    a = (s - m_s[:, None]) * inv_s
+    a = (among - m_s[:, None]) * inv_s
     b = (t - m_t[:, None]) * inv_t
     ps = tl.exp(a)
     pt = tl.exp(b)
@@ -296,6 +365,11 @@ def resident_kernel(
         pt = t
     z_s = tl.where(plain, tl.sum(ps, 1), 1.0)
     z_t = tl.where(plain, tl.sum(pt, 1), 1.0)
+    all_s = z_s
+    all_t = z_t
+    if OTHERS:
+        z_s = no_class(z_s)
+        z_t = no_class(z_t)
     lz_s = tl.log(z_s)
     lz_t = tl.log(z_t)
     a -= lz_s[:, None]
@@ -315,7 +389,7 @@ def resident_kernel(
         lz1 = tl.log(z1)
         lse1 = m1 + lz1
         total_cw += tl.sum(cw, 0)
-        x_y = tl.sum(tl.where(cols[None, :] == y[:, None], x, 0.0), 1)
+        x_y = tl.sum(tl.where(own, x, 0.0), 1)
         x_smooth = tl.sum(tl.where(mask, times(cw[None, :], x), 0.0), 1)
         CE = cross_entropy(lz1, x_y, x_smooth, total_cw, cwy, eps, V)
     f, gs, gt = terms(kind, a, b, ps, pt, p0, p1, tl.where(plain, 0.0, 1.0), SIMPLE)
@@ -343,8 +417,16 @@ def resident_kernel(
         kw *= kd
         cw_row *= ce
     g_s, g_t = sums(kind, inputs, D, G_s, G_t)
+    if OTHERS:
+        odds_s = log_odds(s_y, m_s, inv_s, all_s)
+        odds_t = log_odds(t_y, m_t, inv_t, all_t)
+        D, G_s, G_t, label_s, label_t, rest = decoupled(D, odds_s, odds_t, all_t, p0, p1)
+        g_t = G_s
+        lz_s = tl.log(all_s)
+        lz_t = tl.log(all_t)
     if losses is not None:
-        G_s, G_t = public_sums(kind, inputs, D, G_s, G_t)
+        if not OTHERS:
+            G_s, G_t = public_sums(kind, inputs, D, G_s, G_t)
         loss = write_row(
             row, inside, live, losses, stats, kw, cw_row, D, CE, m_s * inv_s + lz_s, m_t * inv_t + lz_t, lse1, G_s, G_t,
             tl.zeros_like(D),
@@ -356,7 +438,11 @@ def resident_kernel(
         kw *= u
         cw_row *= u
     if ds is not None or temperature_grad is not None:
-        g = kw[:, None] * ((gs - ps * g_s[:, None]) * inv_s)
+        g = gs - ps * g_s[:, None]
+        if OTHERS:
+            g = rest_gradient(g, rest, label_s, ps, own)
+            a = tl.where(own, odds_s[:, None], a)
+        g = kw[:, None] * (g * inv_s)
         if temperature_grad is not None:
             m = moments(a, ps, g, mask)
             tl.store(temperature_grad + row * 2, tl.where(live & plain, times(m[2], m[1]) - m[0], 0.0), mask=inside)
@@ -365,7 +451,11 @@ def resident_kernel(
             g += cw_row[:, None] * ce_gradient(p1_, cols, y, cwy, cw, total_cw, eps, V)
         store(ds + o * ds_o + i * ds_i, cols, ds_c, here, tl.where(live[:, None], g, 0.0))
     if dt is not None or temperature_grad is not None:
-        h = kw[:, None] * ((gt - pt * g_t[:, None]) * inv_t)
+        h = gt - pt * g_t[:, None]
+        if OTHERS:
+            h = rest_gradient(h, rest, label_t, pt, own)
+            b = tl.where(own, odds_t[:, None], b)
+        h = kw[:, None] * (h * inv_t)
         if temperature_grad is not None:
             m = moments(b, pt, h, mask)
             tl.store(temperature_grad + row * 2 + 1, tl.where(live & plain, times(m[2], m[1]) - m[0], 0.0), mask=inside)
@@ -379,7 +469,7 @@ def backward_kernel(
     ts, tt, kd, ce, eps, p0, p1, inner, V, up,
     s_o, s_c, s_i, t_o, t_c, t_i, ds_o, ds_c, ds_i, dt_o, dt_c, dt_i,
     kind, inputs, ignore_index, blocks,
-    R: tl.constexpr, C: tl.constexpr, HARD: tl.constexpr, SIMPLE: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, HARD: tl.constexpr, SIMPLE: tl.constexpr, OTHERS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of rows that do not stay on chip, from the forward's statistics: one sweep.
@@ -401,14 +491,18 @@ def backward_kernel(
     y, cwy, w = load_row(row, inside, labels, weight, class_weight, V, ignore_index, HARD)
     live = inside & (w != 0.0)
     kind = plain_kind(kind, p0)
+    if OTHERS:
+        kind = 0
     plain = inputs == 0
     other_t = tl.where(inputs == 2, 0.0, float("-inf"))
     at = stats + row * 8
     bits = tl.load(at + 7, mask=live, other=0.0).to(tl.int32, bitcast=True)
     inv_s = inverse(ts, plain)
     inv_t = inverse(tt, plain)
-    shift_s, lz_s = around(whole(tl.load(at, mask=live, other=0.0), bits), ts, inv_s)
-    shift_t, lz_t = around(whole(tl.load(at + 1, mask=live, other=0.0), bits >> 10), tt, inv_t)
+    lse_s = tl.load(at, mask=live, other=0.0)
+    lse_t = tl.load(at + 1, mask=live, other=0.0)
+    shift_s, lz_s = around(whole(lse_s, bits), ts, inv_s)
+    shift_t, lz_t = around(whole(lse_t, bits >> 10), tt, inv_t)
     lse_1 = whole(tl.load(at + 2, mask=live, other=0.0), bits >> 20)
     shift_1 = lse_1.to(tl.float32)
     lz_1 = (lse_1 - shift_1).to(tl.float32)
@@ -417,7 +511,29 @@ def backward_kernel(
     lz_s = tl.where(plain, lz_s, 0.0)
     lz_t = tl.where(plain, lz_t, 0.0)
     D = tl.load(at + 5, mask=live, other=0.0)
-    g_s, g_t = sums(kind, inputs, D, tl.load(at + 3, mask=live, other=0.0), tl.load(at + 4, mask=live, other=0.0))
+    G_s = tl.load(at + 3, mask=live, other=0.0)
+    g_s, g_t = sums(kind, inputs, D, G_s, tl.load(at + 4, mask=live, other=0.0))
+    s_row = student + o * s_o + i * s_i
+    t_row = teacher + o * t_o + i * t_i
+    odds_s = D
+    odds_t = D
+    label_s = D
+    label_t = D
+    rest = D
+    if OTHERS:
+        # A log-sum-exp of -inf: no class but the label's.
+        none_s = lse_s == float("-inf")
+        none_t = lse_t == float("-inf")
+        shift_s = tl.where(none_s, 0.0, shift_s)
+        shift_t = tl.where(none_t, 0.0, shift_t)
+        lz_s = tl.where(none_s, 0.0, lz_s)
+        lz_t = tl.where(none_t, 0.0, lz_t)
+        s_y = tl.load(s_row + y.to(tl.int64) * s_c, mask=live, other=0.0).to(tl.float32)
+        t_y = tl.load(t_row + y.to(tl.int64) * t_c, mask=live, other=0.0).to(tl.float32)
+        odds_s = log_odds(s_y, shift_s, inv_s, tl.where(none_s, 0.0, 1.0)) - lz_s
+        odds_t = log_odds(t_y, shift_t, inv_t, tl.where(none_t, 0.0, 1.0)) - lz_t
+        z_t = tl.where(none_t, 0.0, 1.0)
+        _, g_t, _, label_s, label_t, rest = decoupled(G_s, odds_s, odds_t, z_t, p0, p1)
     total_cw = tl.zeros([R], tl.float32)
     if HARD:
         weights = tl.zeros([C], tl.float32)
@@ -434,10 +550,9 @@ def backward_kernel(
         kw *= kd
         cw_row *= ce
     sum_s, sum_t = _gradient_sweep(
-        student + o * s_o + i * s_i, teacher + o * t_o + i * t_i, ds_row, dt_row, s_c, t_c, ds_c, dt_c, V,
-        inside, live, y, cwy, class_weight, total_cw, kw, cw_row, shift_s, lz_s, shift_t, lz_t, shift_1, lz_1,
-        g_s, g_t, ts, tt, eps, p0, p1, kind, inputs, other_t, R, C, HARD, SIMPLE, COLUMNS,
-        temperature_grad is not None,
+        s_row, t_row, ds_row, dt_row, s_c, t_c, ds_c, dt_c, V, inside, live, y, cwy, class_weight, total_cw, kw, cw_row, shift_s, lz_s, shift_t, lz_t, shift_1, lz_1,
+        g_s, g_t, ts, tt, eps, p0, p1, kind, inputs, other_t, odds_s, odds_t, label_s, label_t, rest,
+        R, C, HARD, SIMPLE, OTHERS, COLUMNS, temperature_grad is not None,
     )  # fmt: skip
     if temperature_grad is not None:
         tl.store(temperature_grad + row * 2, tl.where(live & plain, sum_s, 0.0), mask=inside)

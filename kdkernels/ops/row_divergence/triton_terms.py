@@ -128,7 +128,68 @@ def terms(kind, a, b, ps, pt, p0, p1, one, SIMPLE: tl.constexpr):
         gt = p0 * (fwd + pt) - (1.0 - p0) * ps
     else:
         f, gs, gt = _simple_terms(kind, a, b, ps, pt, one)
+    if not SIMPLE:
+        # Log-probabilities do not pass through a log-sum-exp, which would carry a NaN to where there is mass.
+        f = tl.where(a != a, a, f)
     return f, gs, gt
+
+
+@triton.jit
+def _log_sigmoid(u):
+    tail = -tl.log(1.0 + tl.exp(-tl.abs(u)))
+    return tl.where(u < 0.0, u + tail, tail)
+
+
+@triton.jit
+def binary_kl(u_s, u_t):
+    """KL of two Bernoulli variables from their log-odds, and its derivatives by them."""
+    yes_s = _log_sigmoid(u_s)
+    yes_t = _log_sigmoid(u_t)
+    no_s = _log_sigmoid(-u_s)
+    no_t = _log_sigmoid(-u_t)
+    p = tl.exp(yes_t)
+    q = tl.exp(no_t)
+    value = times(p, yes_t - yes_s) + times(q, no_t - no_s)
+    by_s = tl.where(u_s < 0.0, tl.exp(yes_s) - p, q - tl.exp(no_s))
+    by_t = times(p * q, u_t - u_s)
+    return tl.where((u_s != u_s) | (u_t != u_t), float("nan"), value), by_s, by_t
+
+
+@triton.jit
+def log_odds(x, shift, inv, z):
+    """Of a class against others whose exponentials add up to z."""
+    return (x - shift) * inv - tl.log(z)
+
+
+@triton.jit
+def decoupled(rest, odds_s, odds_t, z_t, p0, p1):
+    """A decoupled KL from the KL among the other classes: its value, that KL and the label's (the statistics G_s and
+    G_t), the label's entries of both gradients, and the other classes' weight: 0 where the teacher has none."""
+    value, by_s, by_t = binary_kl(odds_s, odds_t)
+    rest = tl.where(z_t == 0.0, 0.0, rest)
+    total = times(p0, value) + times(p1, rest)
+    # A weight of 0 must not hide what is no number.
+    total = tl.where(value != value, value, total)
+    label_s = tl.where(value != value, value, times(p0, by_s))
+    label_t = tl.where(value != value, value, times(p0, by_t))
+    return total, rest, value, label_s, label_t, tl.where(z_t == 0.0, 0.0, p1)
+
+
+@triton.jit
+def rest_gradient(x, weight, label, p, own):
+    """A forward KL's gradient among the other classes, to that of the whole: the label's entry, and what it takes."""
+    return tl.where(own, label[:, None], weight[:, None] * x - label[:, None] * p)
+
+
+@triton.jit
+def without(x, own):
+    return tl.where(own, float("-inf"), x)
+
+
+@triton.jit
+def no_class(z):
+    """A sum of exponentials that may be divided by: 1 where there are none."""
+    return tl.where(z == 0.0, 1.0, z)
 
 
 @triton.jit
