@@ -16,7 +16,7 @@ from kdkernels import hard_dark_rank_loss, rkd_angle_loss, rkd_distance_loss, rk
 from kdkernels.ops.triplet_angle.spec import make_clusters
 
 FAMILIES = ("triplet_angle", "pairwise_distance")
-FUSED = [t for t in TARGETS if t.fused and t.backend in ("cpu", "triton")]
+FUSED = [t for t in TARGETS if t.fused]
 fused_here = pytest.mark.parametrize("fused", FUSED, ids=str)
 F64 = torch.float64
 LOSSES = {
@@ -101,8 +101,6 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published(target: Target, name: str, generator: torch.Generator) -> None:
-    if target.backend == "cuda_on_cpu":
-        pytest.skip("the family has no CUDA C++ kernel")
     function, options, published = PUBLISHED[name]
     s, t = embeddings(13, 6, 9, generator)
     expected = gradients(published, s.to(F64), t.to(F64), both=True)
@@ -113,8 +111,6 @@ def test_published(target: Target, name: str, generator: torch.Generator) -> Non
 
 @pytest.mark.parametrize("options", [{}, {"alpha": 2.0}, {"alpha": 1.0, "beta": 2.0, "k": 3}], ids=str)
 def test_published_rank(target: Target, options: dict[str, float], generator: torch.Generator) -> None:
-    if target.backend == "cuda_on_cpu":
-        pytest.skip("the family has no CUDA C++ kernel")
     s, t = (x / 4 for x in embeddings(13, 6, 9, generator))
     expected = gradients(lambda s, t: published_rank(s, t, **options), s.to(F64), t.to(F64))
     close(gradients(hard_dark_rank_loss, s, t, **options, backend=target.backend), expected, 3e-6)
@@ -201,8 +197,6 @@ def test_duplicates(fused: Target, who: str, dtype: torch.dtype, generator: torc
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("n", [0, 1, 2, 3])
 def test_few_samples(target: Target, loss: str, n: int, generator: torch.Generator) -> None:
-    if target.backend == "cuda_on_cpu":
-        pytest.skip("the family has no CUDA C++ kernel")
     s, t = embeddings(n, 4, 6, generator)
     value, grad = gradients(LOSSES[loss], s, t, backend=target.backend)
     assert value.isfinite()
@@ -217,8 +211,6 @@ def test_few_samples(target: Target, loss: str, n: int, generator: torch.Generat
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("normalize", [False, True])
 def test_identical_samples(target: Target, loss: str, content: float, dtype: torch.dtype, normalize: bool) -> None:
-    if target.backend == "cuda_on_cpu":
-        pytest.skip("the family has no CUDA C++ kernel")
     x = torch.full((6, 8), content, dtype=dtype)
     value, grad = gradients(LOSSES[loss], x, x + 0, normalize=normalize, backend=target.backend)
     assert value.isfinite()
@@ -333,6 +325,29 @@ def test_memory_is_quadratic() -> None:
     n = 768
     done = subprocess.run([sys.executable, "-c", PEAK.format(n=n)], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 20 * 4 * n * n
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_operators(generator: torch.Generator) -> None:
+    ops = torch.ops.kdkernels
+    x, y = (torch.randn(7, 5, generator=generator) for _ in range(2))
+    (hi, lo), (other, other_lo) = (ops.pairwise_distance_forward(z, True, "cpu") for z in (x, y))
+    mask = torch.rand(7, 7, generator=generator)
+    torch.library.opcheck(ops.pairwise_distance_forward.default, (x, True, "cpu"))
+    torch.library.opcheck(ops.pairwise_distance_forward.default, (x.half(), False, "cpu"))
+    torch.library.opcheck(ops.pairwise_distance_backward.default, (x, hi, "cpu"))
+    scalars = torch.tensor([1.0, 1e-12, 0.0, 0.0])
+    torch.library.opcheck(ops.distance_match.default, (hi, other, mask, scalars, False, True, 1, True, False, "cpu"))
+    scalars = torch.tensor([1.0, 7.0**-3])
+    torch.library.opcheck(ops.triplet_angle.default, (hi, lo, other, other_lo, scalars, True, True, "cpu"))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_compiles_in_one_graph(loss: str, generator: torch.Generator) -> None:
+    s, t = embeddings(9, 6, 7, generator)
+    compiled = torch.compile(LOSSES[loss], backend="aot_eager", fullgraph=True)
+    expected, got = (gradients(f, s, t) for f in (LOSSES[loss], compiled))
+    close(got, expected, 1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------- bad arguments

@@ -231,8 +231,19 @@ constexpr int64_t kFields = 5;
 
 // What a model's distances are multiplied by, and what comes back to each of them through the mean.
 struct Scale {
-  float inverse_mean = 1.f, through_mean = 0.f;
+  float inverse_mean = 1.f, rest = 0.f;  // in two parts: one rounding would be shared by all pairs
+  float through_mean = 0.f;
+
+  void set_mean(double mean) {
+    const double inverse = mean > 0.0 ? 1.0 / mean : 0.0;
+    inverse_mean = static_cast<float>(inverse);
+    rest = static_cast<float>(inverse - static_cast<double>(inverse_mean));
+  }
 };
+
+KDK_INLINE float difference(float a, Scale of_a, float b, Scale of_b) {
+  return (a * of_a.inverse_mean - b * of_b.inverse_mean) + (a * of_a.rest - b * of_b.rest);
+}
 
 // Rows of the match. Sums are floats over 512 pairs at a time, then doubles.
 template <bool kSquared, bool kMasked>
@@ -262,17 +273,16 @@ class Matcher {
 
   // Sums over the pairs of row i: the loss over beta, and slope times either distance.
   KDK_ONE_COPY void values(int64_t i, Scale of_s, Scale of_t, double* out) const {
-    const Row x = row(i);
+    const Row r = row(i);
     const float inverse_beta = 1.f / m_.beta;
     for_others(i, [&](int64_t begin, int64_t end) {
       float value = 0.f, student = 0.f, teacher = 0.f;
 #pragma omp simd reduction(+ : value, student, teacher)
       for (int64_t j = begin; j < end; ++j) {
-        const float w = kMasked ? x.mask[j] : 1.f, s = measure(x.student[j]),
-                    t = measure(x.teacher[j]);
-        const float difference = (s * of_s.inverse_mean - t * of_t.inverse_mean) * inverse_beta;
-        const float c = huber_slope(difference, 1.f);
-        value += w * huber_value(difference, c, 0.5f);
+        const float w = kMasked ? r.mask[j] : 1.f, s = measure(r.student[j]),
+                    t = measure(r.teacher[j]);
+        const float x = difference(s, of_s, t, of_t) * inverse_beta, c = huber_slope(x, 1.f);
+        value += w * huber_value(x, c, 0.5f);
         student += w * c * s;
         teacher += w * c * t;
       }
@@ -292,8 +302,7 @@ class Matcher {
 #pragma omp simd
       for (int64_t j = begin; j < end; ++j) {
         const float w = kMasked ? x.mask[j] : 1.f, a = measure(mine[j]), b = measure(theirs[j]);
-        const float c =
-            huber_slope((a * own.inverse_mean - b * other.inverse_mean) * inverse_beta, 1.f);
+        const float c = huber_slope(difference(a, own, b, other) * inverse_beta, 1.f);
         const float slope = c * own.inverse_mean - own.through_mean;
         out[j] = scale * w * slope * distance_slope(mine[j], a, eps, kSquared);
       }
@@ -346,8 +355,8 @@ void match(const Match& m, bool normalize, int64_t reduction, float* loss, float
                mean_t = mean[4] > 0.0 ? mean[2] / mean[4] : 0.0;
   Scale of_s, of_t;
   if (normalize) {
-    of_s.inverse_mean = mean_s > 0.0 ? static_cast<float>(1.0 / mean_s) : 0.f;
-    of_t.inverse_mean = mean_t > 0.0 ? static_cast<float>(1.0 / mean_t) : 0.f;
+    of_s.set_mean(mean_s);
+    of_t.set_mean(mean_t);
   }
   sum_rows(m, sums, total, [&](int64_t i, double* out) { rows.values(i, of_s, of_t, out); });
   const double pairs = static_cast<double>(m.n) * static_cast<double>(m.n);

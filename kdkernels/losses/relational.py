@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from kdkernels import backends
@@ -88,7 +90,7 @@ class _Distances:
         self, operation: str, student: torch.Tensor, teacher: torch.Tensor, normalize: bool, backend: str, split: bool
     ):
         self.student, self.teacher = _embeddings(student, teacher)
-        self.backend = backends.resolve(operation, (self.student, self.teacher), backend, pairwise.BACKENDS)
+        self.backend = backends.resolve(operation, (self.student, self.teacher), backend)
         self.n = self.student.shape[0]
         if normalize:
             self.student, self.teacher = _normalized(self.student), _normalized(self.teacher)
@@ -120,7 +122,13 @@ class _Distances:
         self, mask: torch.Tensor | None, beta: float, eps: float, squared: bool, normalize: bool, reduction: str
     ) -> torch.Tensor:
         (student, _), (teacher, _) = self.pair()
-        options = {"beta": beta, "eps": eps, "squared": squared, "normalize": normalize, "reduction": reduction}
+        options: dict[str, Any] = {
+            "beta": beta,
+            "eps": eps,
+            "squared": squared,
+            "normalize": normalize,
+            "reduction": reduction,
+        }
         if self.reference:
             return pairwise_reference.distance_match(student, teacher, mask, **options)
         mask = None if mask is None else mask.detach().float().contiguous()

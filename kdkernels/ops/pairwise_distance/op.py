@@ -11,7 +11,6 @@ from kdkernels.ops.pairwise_distance import native
 from kdkernels.ops.scalars import Number, pack
 from kdkernels.ops.scale.op import scaled
 
-BACKENDS = ("triton", "cpu", "reference")
 REDUCTIONS = ("mean", "pairs", "sum")
 
 

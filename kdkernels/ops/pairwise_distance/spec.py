@@ -86,7 +86,7 @@ def _case(
 
 SPEC = Spec(
     family="pairwise_distance",
-    backends=("reference", "cpu", "triton"),
+    backends=("reference", "cpu", "triton", "cuda"),
     cases=(
         _case("rkd_distance", eager=eager_distance, bench=True),
         _case("rkd_distance-squared", squared=True, beta=0.5),

@@ -69,7 +69,7 @@ def _case(
 
 SPEC = Spec(
     family="triplet_angle",
-    backends=("reference", "cpu", "triton"),
+    backends=("reference", "cpu", "triton", "cuda"),
     cases=(
         _case("rkd_angle", eager=eager_angle, bench=True),
         _case("rkd_angle-sum", reduction="sum", beta=0.25),
