@@ -27,11 +27,8 @@ FUNCTIONS = {"equal", "allclose", "nonzero", "unique", "masked_select", "argwher
 ALLOWED = {
     ("ops/scale/op.py", "item", 'factor.device.type == "cpu"'): "guarded: only a CPU tensor",
     ("ops/scalars.py", "float", "values"): "numbers, or tensors that are known to be on the CPU",
-    (
-        "ops/*/triton.py",
-        "tolist",
-        "scalars.tolist()",
-    ): "packed numbers, which a launcher reads where they are on the CPU",
+    ("ops/scalars.py", "float", "float(v), device=device"): "a number, or a tensor on the CPU: the condition follows",
+    ("ops/*/triton.py", "tolist", "scalars.tolist()"): "packed numbers, read where they are on the CPU",
     ("losses/*.py", "int", "aminmax()"): "a check behind readable()",
 }
 
