@@ -60,7 +60,7 @@ KDK_HD float log_mix(float a, float b, float w) {
   const float hi = a > b ? a : b;  // fmaxf would be a call: it must look at NaNs
   const float e = vexp(-fabsf(a - b));
   const float m = hi + vlog(a > b ? w + (1.f - w) * e : (1.f - w) + w * e);
-  return hi > -INFINITY ? m : 0.f;
+  return hi == -INFINITY ? 0.f : m;  // NaN stays
 }
 
 // KL of the teacher from a mixture in which it has the given share.
@@ -101,15 +101,18 @@ struct Binary {
   float value, by_s, by_t;  // and its derivatives by the log-odds
 };
 KDK_HD float log_sigmoid(float u) {
-  const float tail = -vlog(1.f + vexp(-fabsf(u)));
-  return u < 0.f ? u + tail : tail;
+  const float e = vexp(-fabsf(u)), one = 1.f + e;
+  const float tail =
+      one == 1.f ? e : vlog(one) * (e / (one - 1.f));  // log(1 + e), also of a small e
+  return u < 0.f ? u - tail : -tail;
 }
 KDK_HD Binary binary_kl(float u_s, float u_t) {
   const float yes_s = log_sigmoid(u_s), no_s = log_sigmoid(-u_s);
   const float yes_t = log_sigmoid(u_t), no_t = log_sigmoid(-u_t);
   const float p = vexp(yes_t), q = vexp(no_t);
+  // The derivative is the difference of whichever probabilities are small.
   return {times(p, yes_t - yes_s) + times(q, no_t - no_s),
-          u_s < u_t ? vexp(no_t) - vexp(no_s) : vexp(yes_s) - p, times(p * q, u_t - u_s)};
+          u_s < 0.f ? vexp(yes_s) - p : q - vexp(no_s), times(p * q, u_t - u_s)};
 }
 
 KDK_HD Terms symmetric_kl(float a, float b, float ps, float pt, float w) {
@@ -149,23 +152,25 @@ KDK_HD float exp_divided_difference(float x, float y, float z) {
 
 // Cichocki, Cruces and Amari (2011), with P the teacher and Q the student.
 KDK_HD Terms alpha_beta(float a, float b, float alpha, float beta) {
-  const float sum = alpha + beta, u = b - a;
-  const bool empty_s = a == -INFINITY, empty_t = b == -INFINITY, ordinary = !(empty_s | empty_t);
-  const float x = ordinary ? a : 0.f, y = ordinary ? b : 0.f, d = ordinary ? u : 0.f;
+  const float sum = alpha + beta;
+  // Selects of numbers, not of truth values, which GCC does not vectorise. NaN passes them all.
+  const float x_or = b == -INFINITY ? 0.f : a, y_or = a == -INFINITY ? 0.f : b;
+  const float x = a == -INFINITY ? 0.f : x_or, y = b == -INFINITY ? 0.f : y_or, d = y - x;
   const float f = d * d * exp_divided_difference(sum * x, alpha * y + beta * x, sum * y);
   const float g_s = -vexp(sum * x) * d * phi(alpha * d), g_t = vexp(sum * y) * d * phi(-beta * d);
-  // One side or both without mass. With alpha, beta > 0 the cross term is gone; beta = 0 leaves the
-  // student's own mass and alpha = 0 the teacher's; anything else diverges. (Both: all terms are
-  // 0.)
-  const float es = empty_s ? 0.f : vexp(sum * a), et = empty_t ? 0.f : vexp(sum * b);
-  const bool keeps_s = (alpha > 0.f) & ((beta > 0.f) | ((beta == 0.f) & (et == 0.f)));
-  const bool keeps_t = (beta > 0.f) & ((alpha > 0.f) | ((alpha == 0.f) & (es == 0.f)));
-  const float edge_s = keeps_s ? es / (alpha * sum) : 0.f,
-              edge_t = keeps_t ? et / (beta * sum) : 0.f;
-  const float edge = keeps_s | keeps_t ? edge_s + edge_t : INFINITY;
-  const float edge_gs = keeps_s ? es / alpha : 0.f, edge_gt = keeps_t ? et / beta : 0.f;
-  return {ordinary ? f : (empty_s & empty_t ? 0.f : edge), ordinary ? g_s : edge_gs,
-          ordinary ? g_t : edge_gt};
+  // A class that one side leaves empty: with alpha, beta > 0 the cross term is gone; beta = 0
+  // leaves the student's own mass and alpha = 0 the teacher's; anything else diverges.
+  const bool finite_s = alpha > 0.f && beta >= 0.f, finite_t = beta > 0.f && alpha >= 0.f;
+  const float own_s = finite_s ? 1.f / (alpha * sum) : INFINITY,
+              own_t = finite_t ? 1.f / (beta * sum) : INFINITY;
+  const float es = a == -INFINITY ? 0.f : vexp(sum * a), et = b == -INFINITY ? 0.f : vexp(sum * b);
+  const float edge = times(es, own_s) + times(et, own_t);
+  const float edge_s = es * (finite_s ? 1.f / alpha : 0.f),
+              edge_t = et * (finite_t ? 1.f / beta : 0.f);
+  const Terms ordinary = {b == -INFINITY ? edge : f, b == -INFINITY ? edge_s : g_s,
+                          b == -INFINITY ? edge_t : g_t};
+  return {a == -INFINITY ? edge : ordinary.f, a == -INFINITY ? edge_s : ordinary.g_s,
+          a == -INFINITY ? edge_t : ordinary.g_t};
 }
 
 KDK_HD Terms finite_terms(int kind, float a, float b, float ps, float pt, float p0, float p1) {
