@@ -12,6 +12,7 @@ from kdkernels.losses.relational import (
     rkd_distance_loss,
     rkd_loss,
 )
+from kdkernels.losses.sparse import TopKDivLoss, ULDLoss, topk_div, uld_loss, union_support
 
 __version__ = "0.1.0"
 
@@ -23,11 +24,16 @@ __all__ = [
     "RKDAngleLoss",
     "RKDDistanceLoss",
     "RKDLoss",
+    "TopKDivLoss",
+    "ULDLoss",
     "distillation_loss",
     "hard_dark_rank_loss",
     "kl_div",
     "rkd_angle_loss",
     "rkd_distance_loss",
     "rkd_loss",
+    "topk_div",
+    "uld_loss",
+    "union_support",
     "use_backend",
 ]

@@ -1,0 +1,391 @@
+"""Losses against a teacher that is known at a few classes only, or that has other classes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from kdkernels import backends
+from kdkernels.losses import checks
+from kdkernels.losses.module import LossModule
+from kdkernels.ops.row_divergence.kinds import Kind
+from kdkernels.ops.row_divergence.reference import divergence as divergence_of
+from kdkernels.ops.row_gather.op import NOTHING, REST, REST_AND_TOTAL, row_gather
+from kdkernels.ops.scalars import Number
+from kdkernels.ops.sorted_match.op import sorted_match
+
+MISSING = ("renormalize", "renormalize_both", "none", "tail", "uniform")
+DIVERGENCES = {"forward_kl": Kind.FORWARD_KL, "reverse_kl": Kind.REVERSE_KL, "js": Kind.JSD}
+TEACHER_VALUES = ("logits", "log_probs")
+
+
+def topk_div(
+    student_logits: torch.Tensor,
+    teacher_values: torch.Tensor,
+    teacher_indices: torch.Tensor,
+    *,
+    missing: str = "renormalize",
+    divergence: str = "forward_kl",
+    teacher_values_are: str = "logits",
+    min_log_prob: float | None = None,
+    temperature: Number = 1.0,
+    teacher_temperature: Number | None = None,
+    scale_by_t2: bool = True,
+    dim: int = -1,
+    reduction: str = "rowmean",
+    weight: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    num_items: Number | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Divergence of a student from a teacher that is given at k classes a row.
+
+    T^2 D(p_t, p_s), p_s = softmax(student_logits / T). The teacher is q_i at the classes i of `teacher_indices`, the
+    support I, and `missing` says what holds elsewhere, for teacher and student:
+
+    - "renormalize": q is divided by its sum and is 0 outside I; p_s is over all V classes. With "js" the student's
+      mass outside I adds log(2) / 2 times itself; "reverse_kl" would be infinite and is refused.
+    - "renormalize_both": p_s is divided by its sum over I too; what the student does outside I does not matter.
+    - "none": neither; terms are summed over I alone. This is no divergence: it may be negative, and it is least
+      where p_s exceeds q.
+    - "tail": all classes outside I are one more class, with mass 1 - sum q for the teacher and the exact sum of the
+      others for the student, however little that is.
+    - "uniform": the teacher's 1 - sum q is spread evenly over the V - k others. Forward KL only.
+
+    The student is read once for the loss and once for its gradient, which is the only thing as large that is made.
+
+    Args:
+        student_logits: scores, float16, bfloat16, float32 or float64, (..., V).
+        teacher_values: (..., k), 1 <= k <= V, of any of these dtypes, on the same device. They get a gradient if they
+            require one. What stands at an index of -1 is not looked at.
+        teacher_indices: integers (..., k), in any order: the classes of the values. They may be the teacher's top k,
+            the student's, or both (`union_support`). -1 leaves an entry out. A class that occurs twice in a row counts
+            twice in sums over I, and once where what is outside I is measured.
+        missing: "renormalize", "renormalize_both", "none", "tail" or "uniform".
+        divergence: "forward_kl", "reverse_kl" or "js".
+        teacher_values_are: "logits", or "log_probs": normalised over all V classes and already at their temperature,
+            which "none", "tail" and "uniform" need, since k logits do not tell the teacher's mass.
+        min_log_prob: with missing="none", the log-probabilities of both are raised to this; no gradient below.
+        temperature: T > 0, a number or a tensor with one element. It gets no gradient.
+        teacher_temperature: the teacher's own T, for logits; default: the student's.
+        scale_by_t2: multiply by the square of the student's temperature.
+        dim: the class axis; only the last one.
+        reduction: "rowmean" divides by the sum of row weights, "batchmean" by student_logits.size(0), "mean" by
+            the number of elements of student_logits, "sum" by nothing; "none" gives one value a row.
+        weight: a weight (or boolean mask) for every row: the shape of the logits without the class axis.
+        labels: integers of that shape; a row where they equal `ignore_index` is left out.
+        ignore_index: the label that leaves a row out.
+        num_items: divides the sum instead of what `reduction` says.
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        A float32 scalar (float64 if an input is float64), or one value a row. If all rows are left out: 0, with zero
+        gradients. A row whose indices are all -1 counts, with loss 0 under "renormalize" (forward), "renormalize_both"
+        and "none". Where the teacher has mass and the student has none, forward KL is +inf. A teacher's mass outside
+        I below the rounding of its dtype (1e-7) counts as none.
+
+    Raises:
+        ValueError: shapes or devices that differ, k > V, a `dim` that is not the last, options that exclude each other,
+            a temperature that is not positive.
+        TypeError: integer logits, indices or labels that are not integers.
+        IndexError: an index outside -1..V-1, a label outside 0..V-1 (on a GPU: NaN in that row, also in its gradient,
+            unless KDKERNELS_DEBUG=1).
+        BackendError: the backend asked for cannot run here.
+
+    Against others: DistillKit's "zero" is "renormalize" and its "symmetric uniform" is "tail"; TRL's top-k losses are
+    "renormalize_both", with its tail option "tail"; verl's is "none", its clamp `min_log_prob`. These have no T^2
+    (`scale_by_t2=False`).
+    """
+    checks.choice("missing", missing, MISSING)
+    checks.choice("divergence", divergence, tuple(DIVERGENCES))
+    checks.choice("teacher_values_are", teacher_values_are, TEACHER_VALUES)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    checks.number("temperature", temperature, low=0, open_low=True)
+    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True)
+    checks.number("num_items", num_items, low=0, open_low=True)
+    _exclusions(missing, divergence, teacher_values_are, min_log_prob, teacher_temperature)
+    indices = _sparse(student_logits, teacher_values, teacher_indices, dim)
+    rows, classes, device = tuple(student_logits.shape[:-1]), student_logits.shape[-1], student_logits.device
+    weight = checks.per_row("weight", weight, rows, device)
+    labels = checks.labels_of(labels, rows, classes, ignore_index, device)
+    backend = backends.resolve("topk_div", (student_logits, teacher_values), backend)
+
+    dtype = torch.float64 if torch.float64 in (student_logits.dtype, teacher_values.dtype) else torch.float32
+    student = student_logits.double() if dtype == torch.float64 else student_logits
+    # What follows the kernels is small: in float64 nothing is lost there.
+    small = dtype if backend == "reference" else torch.float64
+    w = None if weight is None else weight.to(small)
+    if labels is not None:
+        w = (labels != ignore_index).to(small) if w is None else w.masked_fill(labels == ignore_index, 0.0)
+    live = None if w is None else w != 0
+    bad_label = None if labels is None else (w != 0) & ((labels < 0) | (labels >= classes))
+
+    # The kernels walk a row's classes and its indices side by side; the order of the k says nothing.
+    indices, order = indices.sort(dim=-1, stable=True)
+    values = teacher_values.gather(-1, order).to(small)
+    valid = indices != -1
+    outside = NOTHING
+    if missing == "tail" or (missing == "renormalize" and divergence == "js"):
+        outside = REST
+    elif missing == "uniform":
+        outside = REST_AND_TOTAL
+    a, rest, total = row_gather(student, indices, temperature=temperature, live=live, outside=outside, backend=backend)
+    a, rest, total = (None if x is None else x.to(small) for x in (a, rest, total))
+    kept = valid if live is None else valid & live.unsqueeze(-1)
+    values = values.where(kept, 0.0)
+    if teacher_values_are == "logits":
+        values = values / (temperature if teacher_temperature is None else teacher_temperature)
+    b = values.masked_fill(~valid, -math.inf)
+    nothing = torch.finfo(dtype).eps
+    losses = _losses(a, b, rest, total, indices, classes, missing, DIVERGENCES[divergence], min_log_prob, nothing)
+    if live is not None:
+        losses = (w * losses).where(live, 0.0)
+    if bad_label is not None:
+        losses = losses * torch.ones_like(losses).masked_fill(bad_label, math.nan)
+    if scale_by_t2:
+        losses = losses * temperature**2
+    return _reduce(losses, w, reduction, student_logits, num_items).to(dtype)
+
+
+def _exclusions(
+    missing: str, divergence: str, values_are: str, min_log_prob: float | None, teacher_temperature: Number | None
+) -> None:
+    if missing == "renormalize" and divergence == "reverse_kl":
+        raise ValueError(
+            "reverse_kl is infinite where the teacher has no mass, which missing='renormalize' says of all classes but k; "
+            "choose 'renormalize_both', 'tail' or 'none'"
+        )
+    if missing == "uniform" and divergence != "forward_kl":
+        raise ValueError(f"missing='uniform' goes with divergence='forward_kl' only, got {divergence!r}; choose 'tail'")
+    if values_are == "logits" and missing in ("none", "tail", "uniform"):
+        raise ValueError(
+            f"missing={missing!r} needs the teacher's mass: pass log-probabilities and teacher_values_are='log_probs'"
+        )
+    if values_are == "log_probs" and teacher_temperature is not None:
+        raise ValueError("teacher_temperature is for logits: log_probs are already at their temperature")
+    if min_log_prob is not None:
+        if missing != "none":
+            raise ValueError(f"min_log_prob goes with missing='none' only, got missing={missing!r}")
+        checks.number("min_log_prob", min_log_prob, high=0)
+
+
+def _sparse(student: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, dim: int) -> torch.Tensor:
+    """Validates the three tensors; returns the indices as int64."""
+    checks.float_tensor("student_logits", student)
+    checks.float_tensor("teacher_values", values)
+    if not isinstance(indices, torch.Tensor):
+        raise TypeError(f"teacher_indices must be a tensor, got {type(indices).__name__}")
+    if indices.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+        raise TypeError(
+            f"teacher_indices must hold class indices (int64), got {str(indices.dtype).removeprefix('torch.')}"
+        )
+    if student.dim() == 0 or student.shape[-1] == 0:
+        raise ValueError(f"student_logits must have at least one class, got shape {tuple(student.shape)}")
+    if dim not in (-1, student.dim() - 1):
+        raise ValueError(f"dim must be the last axis (-1) for a sparse teacher, got {dim}")
+    if indices.shape != values.shape:
+        raise ValueError(
+            f"teacher_values and teacher_indices must have the same shape: {tuple(values.shape)} and {tuple(indices.shape)}"
+        )
+    if values.dim() != student.dim() or values.shape[:-1] != student.shape[:-1]:
+        raise ValueError(
+            "student and teacher must have the same rows: "
+            f"student_logits has shape {tuple(student.shape)} and teacher_values {tuple(values.shape)}"
+        )
+    k, classes = values.shape[-1], student.shape[-1]
+    if not 1 <= k <= classes:
+        raise ValueError(
+            f"teacher_values must have between 1 and {classes} entries a row (the student's classes), got {k}"
+        )
+    for name, x in (("teacher_values", values), ("teacher_indices", indices)):
+        if x.device != student.device:
+            raise ValueError(f"{name} must be on {student.device} with student_logits, got {x.device}")
+    indices = indices.long()
+    if indices.numel() and checks._may_read(indices):
+        low, high = (int(v) for v in indices.aminmax())
+        if low < -1 or high >= classes:
+            raise IndexError(f"teacher_indices hold {low if low < -1 else high}, outside 0 to {classes - 1} and not -1")
+    return indices
+
+
+def _log_normalise(x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """x less its log-sum-exp over the last axis; rows without any valid entry stay as they are."""
+    none = ~valid.any(-1, keepdim=True)
+    return x - x.masked_fill(none, 0.0).logsumexp(-1, keepdim=True).masked_fill(none, 0.0)
+
+
+def _log_rest(b: torch.Tensor, others: torch.Tensor, nothing: float) -> torch.Tensor:
+    """log(1 - sum e^b), -inf where that is not above `nothing` or there are no other classes."""
+    mass = 1.0 - b.double().exp().sum(-1)
+    empty = (mass <= nothing) | (others == 0)
+    return mass.masked_fill(empty, 1.0).log().masked_fill(empty, -math.inf).to(b.dtype)
+
+
+def _losses(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    rest: torch.Tensor | None,
+    total: torch.Tensor | None,
+    indices: torch.Tensor,
+    classes: int,
+    missing: str,
+    kind: Kind,
+    min_log_prob: float | None,
+    nothing: float,
+) -> torch.Tensor:
+    """The divergence of each row from log-probabilities (..., k) of student and teacher, -inf where there is no index."""
+    valid = indices != -1
+    if missing in ("renormalize", "renormalize_both"):
+        b = _log_normalise(b, valid)
+    if missing == "renormalize_both":
+        a = _log_normalise(a, valid)
+    elif missing == "renormalize" and rest is not None:
+        a = torch.cat([a, rest.unsqueeze(-1)], -1)
+        b = torch.cat([b, torch.full_like(b[..., :1], -math.inf)], -1)
+    elif missing == "none" and min_log_prob is not None:
+        a, b = (x.clamp(min=min_log_prob).masked_fill(~valid, -math.inf) for x in (a, b))
+    if missing in ("tail", "uniform"):
+        again = torch.zeros_like(valid[..., :1])
+        again = torch.cat([again, indices[..., 1:] == indices[..., :-1]], -1)
+        others = classes - (valid & ~again).sum(-1)
+        tail = _log_rest(b, others, nothing)
+        if missing == "tail":
+            a, b = torch.cat([a, rest.unsqueeze(-1)], -1), torch.cat([b, tail.unsqueeze(-1)], -1)
+        else:
+            count, mass = others.clamp(min=1).to(b.dtype), tail.exp()
+            some = mass != 0  # NaN too
+            each = tail.where(some, 0.0) - count.log() - total.where(some, 0.0) / count
+            return divergence_of(kind, a, b, 0.5, 0.0) + mass * each
+    return divergence_of(kind, a, b, 0.5, 0.0)
+
+
+def _reduce(
+    losses: torch.Tensor, w: torch.Tensor | None, reduction: str, student: torch.Tensor, num_items: Number | None
+) -> torch.Tensor:
+    if reduction == "none":
+        return losses
+    if num_items is not None:
+        return losses.sum() / num_items
+    if reduction == "rowmean" and w is not None:
+        mass = w.sum()
+        return losses.sum().where(mass != 0, 0.0) / mass.where(mass != 0, 1.0)
+    divisor = {
+        "rowmean": losses.numel(),
+        "batchmean": student.shape[0],
+        "mean": student.numel(),
+        "sum": 1,
+    }[reduction]
+    return losses.sum() / max(divisor, 1)
+
+
+def union_support(student_logits: torch.Tensor, teacher_indices: torch.Tensor, k: int) -> torch.Tensor:
+    """The classes in the teacher's support or among the student's k largest, for `topk_div`.
+
+    Args:
+        student_logits: (..., V).
+        teacher_indices: int64 (..., j); -1 is no class.
+        k: how many of the student's, at most V.
+
+    Returns:
+        int64 (..., min(j + k, V)): each class once, descending, then -1.
+    """
+    both = torch.cat([teacher_indices, student_logits.topk(k, -1).indices], -1).sort(-1).values
+    again = torch.cat([torch.zeros_like(both[..., :1], dtype=torch.bool), both[..., 1:] == both[..., :-1]], -1)
+    classes = student_logits.shape[-1]
+    return both.masked_fill(again, -1).sort(-1, descending=True).values[..., :classes]
+
+
+def uld_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    *,
+    temperature: Number = 1.0,
+    teacher_temperature: Number | None = None,
+    scale_by_t2: bool = False,
+    dim: int = -1,
+    reduction: str = "rowmean",
+    weight: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    num_items: Number | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Universal logit distillation, for a teacher with another vocabulary.
+
+    sum_i |sort(p_s)_i - sort(p_t)_i|, p = softmax(logits / T) sorted from the largest, the shorter padded with zeros:
+    Boizard, El Haddad, Hudelot and Colombo (2024, arXiv:2402.12030). Composed of torch's sort; the gradient is by hand
+    and keeps one byte a class.
+
+    Args:
+        student_logits: scores, float16, bfloat16, float32 or float64, (..., V).
+        teacher_logits: (..., U) with the same rows, on the same device. Gets a gradient if it requires one.
+        temperature: T > 0, a number or a tensor with one element. It gets no gradient.
+        teacher_temperature: the teacher's own T; default: the student's.
+        scale_by_t2: multiply by the square of the student's temperature.
+        dim: the class axis; only the last one.
+        reduction, weight, num_items: as `topk_div`.
+        labels: integers, one a row; a row where they equal `ignore_index` is left out. Others are not looked at.
+        ignore_index: the label that leaves a row out.
+        backend: "reference" has second derivatives; every other name runs the same torch operations.
+
+    Returns:
+        A float32 scalar (float64 if an input is float64), between 0 and 2 a row, or one value a row. Equal sorted
+        probabilities have gradient 0, as abs has. If all rows are left out: 0, with zero gradients.
+
+    Raises:
+        ValueError, TypeError, BackendError: as topk_div.
+    """
+    checks.float_tensor("student_logits", student_logits)
+    checks.float_tensor("teacher_logits", teacher_logits)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    checks.number("temperature", temperature, low=0, open_low=True)
+    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True)
+    checks.number("num_items", num_items, low=0, open_low=True)
+    shapes = f"student_logits has shape {tuple(student_logits.shape)} and teacher_logits {tuple(teacher_logits.shape)}"
+    if student_logits.dim() == 0 or student_logits.dim() != teacher_logits.dim():
+        raise ValueError(f"student and teacher must have the same rows and a class axis: {shapes}")
+    if student_logits.shape[:-1] != teacher_logits.shape[:-1] or 0 in (
+        student_logits.shape[-1],
+        teacher_logits.shape[-1],
+    ):
+        raise ValueError(f"student and teacher must have the same rows and at least one class: {shapes}")
+    if dim not in (-1, student_logits.dim() - 1):
+        raise ValueError(f"dim must be the last axis (-1), got {dim}")
+    if student_logits.device != teacher_logits.device:
+        raise ValueError(
+            f"teacher_logits must be on {student_logits.device} with student_logits, got {teacher_logits.device}"
+        )
+    rows, device = tuple(student_logits.shape[:-1]), student_logits.device
+    weight = checks.per_row("weight", weight, rows, device)
+    if labels is not None and (tuple(labels.shape) != rows or labels.is_floating_point()):
+        raise ValueError(f"labels must be integers of the shape of the rows, {rows}; got {tuple(labels.shape)}")
+    backend = backends.resolve("uld_loss", (student_logits, teacher_logits), backend)
+    dtype = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
+    w = None if weight is None else weight.to(dtype)
+    if labels is not None:
+        w = (labels != ignore_index).to(dtype) if w is None else w.masked_fill(labels == ignore_index, 0.0)
+    student, teacher = (x.reshape(-1, x.shape[-1]) for x in (student_logits, teacher_logits))
+    live = None if w is None else w != 0
+    if live is not None and backend == "reference":
+        student, teacher = (x.where(live.reshape(-1, 1), 0.0) for x in (student, teacher))
+    t_t = temperature if teacher_temperature is None else teacher_temperature
+    losses = sorted_match(student, teacher, temperature, t_t, backend).view(rows)
+    if live is not None:
+        losses = w * losses.where(live, 0.0)
+    if scale_by_t2:
+        losses = losses * temperature**2
+    return _reduce(losses, w, reduction, student_logits, num_items)
+
+
+class TopKDivLoss(LossModule):
+    """`topk_div` as a module: TopKDivLoss(missing="tail")(student_logits, teacher_values, teacher_indices)."""
+
+    function = staticmethod(topk_div)
+
+
+class ULDLoss(LossModule):
+    """`uld_loss` as a module: ULDLoss()(student_logits, teacher_logits)."""
+
+    function = staticmethod(uld_loss)

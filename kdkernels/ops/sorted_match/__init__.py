@@ -1,0 +1,1 @@
+"""The distance between two models' sorted probabilities, whatever classes they belong to."""
