@@ -84,6 +84,6 @@ def _unravel(index: int, shape: torch.Size) -> tuple[int, ...]:
     return tuple(at[::-1])
 
 
-def draws(numel: int) -> int:
-    """How many draws stand behind err(fp32 eager): few elements need many."""
-    return 32 if numel <= 64 else 12 if numel <= 1024 else 4 if numel <= 32768 else 2
+def draws(numel: int) -> tuple[int, int]:
+    """How many draws stand behind err(fp32 eager) of the loss, and of the gradients: few elements need many."""
+    return (64, 16) if numel <= 64 else (32, 8) if numel <= 1024 else (8, 4) if numel <= 32768 else (2, 2)

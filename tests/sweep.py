@@ -80,11 +80,13 @@ def levels(case_name: str, shape: Shape, dtypes: Dtypes, unit: bool) -> dict[str
     case = CASES[case_name]
     generator = seeded(f"{case_name}{shape}{dtypes}{unit}")
     found = {name: Level() for name in ("loss", *case.grads)}
-    for _ in range(draws(torch.Size(shape).numel())):
+    of_loss, of_gradients = draws(torch.Size(shape).numel())
+    for i in range(of_loss):
         inputs = cast(case, case.make(shape, generator), dtypes)
-        truth = exact(case, inputs, dtypes, unit=unit)
-        eager = evaluate(case, widened(case, inputs, F32), "reference", dtypes, unit=unit)
-        found = {name: level.seen(eager[name], truth[name]) for name, level in found.items()}
+        wanted = case.grads if i < of_gradients else ()
+        truth = exact(case, inputs, dtypes, unit=unit, wanted=wanted)
+        eager = evaluate(case, widened(case, inputs, F32), "reference", dtypes, unit=unit, wanted=wanted)
+        found |= {name: found[name].seen(eager[name], truth[name]) for name in truth}
     return found
 
 
