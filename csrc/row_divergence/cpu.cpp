@@ -372,20 +372,20 @@ class RowKernel {
   // From the KL over the other classes to alpha * (KL of label against rest) + beta * (that KL).
   void decouple(float* stats) {
     const float alpha = job_.scalars[kP0], beta = job_.scalars[kP1];
-    binary_ = {0.f, 0.f, 0.f};
-    if (teacher_.run.z > 0.0 && student_.run.z > 0.0) {
-      const double y_s = load_one(student_.x, student_.type, job_.labels[r_]);
-      const double y_t = load_one(teacher_.x, teacher_.type, job_.labels[r_]);
-      binary_ = binary_kl(
-          static_cast<float>((y_s - student_.run.ref) * student_.scale - student_.run.log_z()),
-          static_cast<float>((y_t - teacher_.run.ref) * teacher_.scale - teacher_.run.log_z()));
-    }
+    // Where the label's is the only class with mass, its log-odds are infinite: still right.
+    const double y_s = load_one(student_.x, student_.type, job_.labels[r_]);
+    const double y_t = load_one(teacher_.x, teacher_.type, job_.labels[r_]);
+    binary_ = binary_kl(
+        static_cast<float>((y_s - student_.run.ref) * student_.scale - student_.run.log_z()),
+        static_cast<float>((y_t - teacher_.run.ref) * teacher_.scale - teacher_.run.log_z()));
     stats[kDiv] = times(alpha, binary_.value) + times(beta, stats[kDiv]);
   }
 
   void kl_gradients(Side& p, Side& q, double shift) {
-    const float alpha = decoupled() ? job_.scalars[kP0] : 0.f,
-                beta = decoupled() ? job_.scalars[kP1] : 1.f;
+    const bool rest =
+        !decoupled() || p.run.z > 0.0;  // p has mass on another class than the label's
+    const float alpha = decoupled() ? job_.scalars[kP0] : 0.f;
+    const float beta = !decoupled() ? 1.f : rest ? job_.scalars[kP1] : 0.f;
     const float cp = kd_ * p.scale * beta, cq = kd_ * q.scale * beta,
                 offset = static_cast<float>(shift);
     // What a decoupled KL takes off every other class, in parts of its probability, and gives the
@@ -394,7 +394,8 @@ class RowKernel {
                 label_p = kd_ * p.scale * alpha * binary_.by_t;
     for_tiles(job_.classes, [&](int64_t k, int64_t start, int64_t n) {
       const int64_t m = padded(n);
-      const float fp = p.run.to_probability(p.top[k]), fq = q.run.to_probability(q.top[k]);
+      const float fp = rest ? p.run.to_probability(p.top[k]) : 0.f;
+      const float fq = decoupled() && q.run.z == 0.0 ? 0.f : q.run.to_probability(q.top[k]);
       const float *ep = p.e + start, *eq = q.e + start;
       if (q.d || learn_temperature_) {
         float* g = q.gradient_tile(start, n, buffer_[2]);
@@ -617,6 +618,9 @@ void for_rows(const Job& job, const Visit& visit) {
 Job make_job(Tensor student, Tensor teacher, Tensor labels, Tensor weight, Tensor class_weight,
              Tensor scalars, Tensor ds, Tensor dt, int64_t kind, int64_t inputs, bool hard,
              int64_t ignore_index, int64_t threads) {
+  if (kind == kDecoupledKL && (inputs != kLogits || !labels))
+    throw std::invalid_argument("a decoupled KL needs labels, and logits to leave them out of");
+  if (hard && inputs != kLogits) throw std::invalid_argument("the hard-label term needs logits");
   Job job{};
   job.student = student, job.teacher = teacher, job.ds = ds, job.dt = dt;
   job.labels = labels.as<int64_t>(), job.weight = weight.as<float>();
