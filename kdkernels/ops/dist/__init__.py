@@ -1,0 +1,1 @@
+"""DIST: correlations of the predictions along rows and along columns."""
