@@ -132,7 +132,8 @@ def topk_div(
     elif missing == "uniform":
         outside = REST_AND_TOTAL
     a, rest, total = row_gather(student, indices, temperature=temperature, live=live, outside=outside, backend=backend)
-    a, rest, total = (None if x is None else x.to(small) for x in (a, rest, total))
+    a = a.to(small)
+    rest, total = (None if x is None else x.to(small) for x in (rest, total))
     kept = valid if live is None else valid & live.unsqueeze(-1)
     values = values.where(kept, 0.0)
     if teacher_values_are == "logits":
@@ -140,7 +141,7 @@ def topk_div(
     b = values.masked_fill(~valid, -math.inf)
     nothing = torch.finfo(dtype).eps
     losses = _losses(a, b, rest, total, indices, classes, missing, DIVERGENCES[divergence], min_log_prob, nothing)
-    if live is not None:
+    if w is not None and live is not None:
         losses = (w * losses).where(live, 0.0)
     if bad_label is not None:
         losses = losses * torch.ones_like(losses).masked_fill(bad_label, math.nan)
@@ -251,9 +252,11 @@ def _losses(
         again = torch.cat([again, indices[..., 1:] == indices[..., :-1]], -1)
         others = classes - (valid & ~again).sum(-1)
         tail = _log_rest(b, others, nothing)
+        assert rest is not None
         if missing == "tail":
             a, b = torch.cat([a, rest.unsqueeze(-1)], -1), torch.cat([b, tail.unsqueeze(-1)], -1)
         else:
+            assert total is not None
             count, mass = others.clamp(min=1).to(b.dtype), tail.exp()
             some = mass != 0  # NaN too
             each = tail.where(some, 0.0) - count.log() - total.where(some, 0.0) / count
@@ -372,7 +375,7 @@ def uld_loss(
         student, teacher = (x.where(live.reshape(-1, 1), 0.0) for x in (student, teacher))
     t_t = temperature if teacher_temperature is None else teacher_temperature
     losses = sorted_match(student, teacher, temperature, t_t, backend).view(rows)
-    if live is not None:
+    if w is not None and live is not None:
         losses = w * losses.where(live, 0.0)
     if scale_by_t2:
         losses = losses * temperature**2
