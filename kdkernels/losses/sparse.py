@@ -248,6 +248,7 @@ def _losses(
     elif missing == "none" and min_log_prob is not None:
         a, b = (x.clamp(min=min_log_prob).masked_fill(~valid, -math.inf) for x in (a, b))
     if missing in ("tail", "uniform"):
+        assert rest is not None
         again = torch.zeros_like(valid[..., :1])
         again = torch.cat([again, indices[..., 1:] == indices[..., :-1]], -1)
         others = classes - (valid & ~again).sum(-1)
