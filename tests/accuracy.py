@@ -1,4 +1,4 @@
-"""How far a kernel may be from the truth: DESIGN.md's bar, and how it is measured.
+"""How far a kernel may be from the truth, and how it is measured. The bar:
 
     err(kernel) <= 2 * err(fp32 eager) + one rounding of the output dtype
 
