@@ -121,7 +121,7 @@ __device__ inline int first_at_least(const int64_t* index, int k, int64_t v) {
 }
 
 template <typename T, bool kVector>
-__global__ void __launch_bounds__(kThreads) forward_kernel(const Problem p) {
+__global__ void __launch_bounds__(kThreads, 4) forward_kernel(const Problem p) {
   using Own = Tile<T, kVector>;
   constexpr int N = Own::N;
   const int64_t row = blockIdx.x;
