@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -76,20 +77,14 @@ def copied(to: Path) -> None:
 
 
 def build_extension(tree: Path) -> None:
-    """The mutated CPU kernels as the copy's kdkernels._C: one instruction set, quickly compiled."""
+    """The mutated CPU kernels as the copy's kdkernels._C: for the plainest processor only, as setup.py optimises."""
     import pybind11
 
     cxx = os.environ.get("CXX", "g++").split()
-    flags = [
-        "-O1",
-        "-std=c++17",
-        "-fPIC",
-        "-shared",
-        "-fopenmp",
-        "-fvisibility=hidden",
-        "-fno-strict-aliasing",
-        f"-I{tree / 'csrc'}",
-    ]
+    flags = "-O3 -std=c++17 -fPIC -shared -fopenmp -fvisibility=hidden -fno-math-errno -fno-trapping-math".split()
+    # As the plainest kernels that setup.py makes: without the vectoriser long sums would be less accurate.
+    flags += ["-march=x86-64-v2"] if platform.machine() in ("x86_64", "AMD64") else []
+    flags += ["-fno-strict-aliasing", f"-I{tree / 'csrc'}"]
     flags += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     flags += ['-DKDK_TARGET="cpu.generic"', "-DKDK_NAMESPACE=kdk::cpu_generic"]
     sources = [tree / "csrc/module.cpp", tree / CPU, tree / "csrc/scale/cpu.cpp"]
@@ -110,7 +105,7 @@ def killer(mutant: Mutant) -> str | None:
         if mutant.old not in text:
             raise SystemExit(f"{mutant.file} no longer holds {mutant.old!r} ({mutant.about}): mend tests/mutate.py")
         path.write_text(text.replace(mutant.old, mutant.new, 1))
-        if mutant.file == CPU:
+        if mutant.backend == "cpu":
             build_extension(tree)
         (tree / "kdkernels" / "_build_info.json").touch()  # the copy is what the tests import
         done = subprocess.run(
@@ -121,7 +116,7 @@ def killer(mutant: Mutant) -> str | None:
         failed = re.search(r"^FAILED \S+::(\S+)", done.stdout, re.M)
         if failed:
             return failed[1]
-        if done.returncode not in (0, 1):
+        if done.returncode not in (0, 1) or " passed" not in done.stdout:
             raise SystemExit(f"pytest did not run:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
         return None
 
