@@ -86,4 +86,4 @@ def _unravel(index: int, shape: torch.Size) -> tuple[int, ...]:
 
 def draws(numel: int) -> tuple[int, int]:
     """How many draws stand behind err(fp32 eager) of the loss, and of the gradients: few elements need many."""
-    return (64, 16) if numel <= 64 else (32, 8) if numel <= 1024 else (8, 4) if numel <= 32768 else (2, 2)
+    return (64, 32) if numel <= 64 else (32, 24) if numel <= 1024 else (16, 12) if numel <= 32768 else (2, 2)

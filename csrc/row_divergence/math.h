@@ -55,27 +55,27 @@ KDK_HD Terms forward_kl(float a, float b, float ps, float pt) {
 // The selects below are written so that a compiler can turn every divergence into straight-line
 // code: nothing returns early, and what is computed for an empty class is thrown away.
 
-// log(w e^a + (1 - w) e^b), which no underflow of e^a or e^b can spoil; 0 where both are -inf.
+// log(w e^a + (1 - w) e^b) - max(a, b), which no underflow of e^a or e^b can spoil. NaN where both
+// are -inf, and then `times` throws it away.
 KDK_HD float log_mix(float a, float b, float w) {
-  const float hi = a > b ? a : b;  // fmaxf would be a call: it must look at NaNs
   const float e = vexp(-fabsf(a - b));
-  const float m = hi + vlog(a > b ? w + (1.f - w) * e : (1.f - w) + w * e);
-  return hi == -INFINITY ? 0.f : m;  // NaN stays
+  return vlog(a > b ? w + (1.f - w) * e : (1.f - w) + w * e);
 }
 
 // KL of the teacher from a mixture in which it has the given share.
 KDK_HD Terms skew_kl(float a, float b, float ps, float pt, float share) {
   (void)ps;
-  const float m = log_mix(b, a, share);
-  const float f = times(pt, b - m);
+  // Distances from the larger of the two first: small ones keep their digits.
+  const float hi = a > b ? a : b, m = log_mix(b, a, share);
+  const float f = times(pt, (b - hi) - m);
   const float r =
-      pt > 0.f ? (1.f - share) * vexp(a - m) : 0.f;  // the student's part of the mixture
+      pt > 0.f ? (1.f - share) * vexp((a - hi) - m) : 0.f;  // the student's part of the mixture
   return {f, -pt * r, f + pt * r};
 }
 
 KDK_HD Terms jsd_interior(float a, float b, float ps, float pt, float beta) {
-  const float m = log_mix(b, a, beta);
-  const float g_s = (1.f - beta) * times(ps, a - m), g_t = beta * times(pt, b - m);
+  const float hi = a > b ? a : b, m = log_mix(b, a, beta);
+  const float g_s = (1.f - beta) * times(ps, (a - hi) - m), g_t = beta * times(pt, (b - hi) - m);
   return {g_s + g_t, g_s, g_t};
 }
 
