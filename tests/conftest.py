@@ -27,23 +27,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(name, [t for t in TARGETS if name == "target" or t.fused], ids=str)
 
 
-# What the CUDA C++ row kernels still do wrong, as the emulator shows it: remove a line with its defect.
-KNOWN_DEFECTS = {
-    "test_traps.py::test_single_class[cuda_on_cpu]": "one class leaves 1e-9 where the exact gradient is 0",
-    "test_traps.py::test_a_constant_added_to_a_row_changes_nothing[cuda_on_cpu-1048576.0]": "scales before it subtracts",
-    "test_traps.py::test_rows_do_not_depend_on_their_order[cuda_on_cpu]": "the last bit depends on a row's place in its block",
-}
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        reason = next((why for where, why in KNOWN_DEFECTS.items() if item.nodeid.endswith(where)), None)
-        if "[cuda_on_cpu-" in item.nodeid and item.nodeid.endswith("-1x1]"):
-            reason = "one class leaves a rounding where the exact result is 0"
-        if reason:
-            item.add_marker(pytest.mark.xfail(reason=f"csrc/row_divergence/cuda_row.cuh: {reason}", strict=False))
-
-
 @pytest.fixture(autouse=True)
 def _runnable(request: pytest.FixtureRequest) -> None:
     for name in ("target", "fused"):

@@ -175,11 +175,7 @@ TermSums terms_tile(const TermTile& x, int64_t n) {
     }
     // The ends of JSD(beta) were made KLs by make_job.
     Terms v = kKind == kJSD ? jsd_interior(a, b, p, q, p0) : terms(kKind, a, b, p, q, p0, p1);
-    if constexpr (kKind == kSymmetricKL && kInputs == kLogits) {
-      // The softmax behind the scores ignores multiples of the probabilities; they only round.
-      v.g_s -= (1.f - p0) * p;
-      v.g_t -= p0 * q;
-    }
+    if constexpr (kInputs == kLogits) v = behind_softmax(kKind, v, p, q, p0);
     ps[i] = p;
     pt[i] = q;
     g_s[i] = v.g_s;
@@ -266,10 +262,13 @@ class RowKernel {
       exponential_row(student_);
       exponential_row(teacher_);
     }
-    if (job_.logits()) stats[kLseS] = student_.lse(), stats[kLseT] = teacher_.lse();
+    if (job_.logits()) {
+      stats[kTopS] = student_.run.ref, stats[kZs] = static_cast<float>(student_.run.z);
+      stats[kTopT] = teacher_.run.ref, stats[kZt] = static_cast<float>(teacher_.run.z);
+    }
     if (!in_one) term_sums(stats);
     if (decoupled()) decouple(stats);
-    if (job_.hard) hard_sums(stats);
+    const double hard = job_.hard ? hard_sums(stats) : 0.0;
     if (student_.d || teacher_.d || learn_temperature_) {
       if (!in_one)
         term_gradients(stats);
@@ -283,7 +282,7 @@ class RowKernel {
       by_temperature[1] = static_cast<float>(-teacher_.dot) * teacher_.scale;
     }
     float loss = kd_ * stats[kDiv];
-    if (job_.hard) loss += ce_ * stats[kCe];
+    if (job_.hard) loss += ce_ * static_cast<float>(hard);
     return loss;
   }
 
@@ -301,9 +300,6 @@ class RowKernel {
     Side(const Scores& scores, float scale_, float* e_, float* top_)
         : Scores(scores), scale(scale_), e(e_), top(top_) {
       run.c = kLog2E * scale;
-    }
-    float lse() const {
-      return static_cast<float>(static_cast<double>(run.ref) * scale + run.log_z());
     }
   };
 
@@ -470,7 +466,8 @@ class RowKernel {
     });
   }
 
-  void hard_sums(float* stats) {
+  // The hard-label term's value.
+  double hard_sums(float* stats) {
     if (hard_.e != student_.e)
       exponential_row(hard_);
     else
@@ -482,8 +479,8 @@ class RowKernel {
     if (eps != 0.0)
       value += eps / static_cast<double>(job_.classes) *
                (lse * job_.class_weight_sum - weighted_scores());
-    stats[kLse1] = hard_.lse();
-    stats[kCe] = static_cast<float>(value);
+    stats[kZ1] = static_cast<float>(hard_.run.z);
+    return value;
   }
 
   // sum_v cw_v s_v

@@ -93,53 +93,5 @@ __device__ inline float row_weight(const Problem& p, int64_t row) {
   return p.weight ? p.weight[row] : 1.f;
 }
 
-// ---------------------------------------------------------------------------- statistics
-
-// A decoupled KL's: lse_s and lse_t are of the classes other than the label's (-inf: there is
-// none), G_s is the KL among them, G_t the label's binary KL.
-
-// A float32 log-sum-exp of 20 is off by up to 1e-6, and so would be every probability that a
-// backward makes from it, several times a softmax's error. Seven more bits of each of the three
-// log-sum-exps travel in the last place of a row's statistics; as a float that is a subnormal, and
-// the 0 that other backends leave there means none.
-constexpr int kLseLow = 7;
-
-// log2(z) for 1 <= z < inf, or 0, to about 1e-10, from the float32 one by a Newton step.
-__device__ inline double exact_log2(float z) {
-  const float l = log2f(z), n = rintf(l);
-  if (l == -INFINITY) return l;                                        // no classes
-  const double x = -0.69314718055994531 * static_cast<double>(l - n);  // |x| < 0.35
-  double e = 1. / 362880;
-  e = fma(e, x, 1. / 40320);
-  e = fma(e, x, 1. / 5040);
-  e = fma(e, x, 1. / 720);
-  e = fma(e, x, 1. / 120);
-  e = fma(e, x, 1. / 24);
-  e = fma(e, x, 1. / 6);
-  e = fma(e, x, 0.5);
-  e = fma(e, x, 1.);
-  e = fma(e, x, 1.);
-  const double ratio = static_cast<double>(z * exp2f(-n)) * e;  // z / 2^l
-  return l + (ratio - 1.) * 1.4426950408889634;
-}
-
-// The spacing of the low bits of an lse: an ulp / 128.
-__device__ inline double low_unit(float lse) {
-  const int e = __float_as_int(lse) >> 23 & 255;
-  return e < 64 || e == 255 ? 0. : exp2f(static_cast<float>(e - 127 - 23 - 7));
-}
-__device__ inline float split_lse(double lse, int place, int& low) {
-  const float high = static_cast<float>(lse);
-  const double unit = low_unit(high);
-  if (unit > 0.) {
-    const int q = static_cast<int>(rint((lse - high) / unit));
-    low |= (min(max(q, -64), 63) & 127) << (7 * place);
-  }
-  return high;
-}
-__device__ inline double join_lse(float high, int low, int place) {
-  const int q = ((low >> (7 * place) & 127) ^ 64) - 64;
-  return high + q * low_unit(high);
-}
 
 }  // namespace KDK_NAMESPACE

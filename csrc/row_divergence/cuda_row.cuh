@@ -23,18 +23,6 @@ struct Side {
   __device__ void from_nothing() { offset = scale = 0.f, log2_z = -INFINITY; }
   // log p, of a class that need not be among those summed.
   __device__ float log_p(float x, float c) const { return kLn2 * (u(x, c) - log2_z); }
-  // The part of the log-sum-exp that one float does not hold goes into the scale.
-  __device__ void from_lse(double lse, float temperature, float c) {
-    const double unit = kExact ? 1. : c, exact = lse * temperature * unit;
-    offset = static_cast<float>(exact);
-    log2_z = static_cast<float>((exact - offset) * (kExact ? c : 1.));
-    scale = exp2f(-log2_z);
-  }
-  // log(sum e^(x / T)), as from_lse takes it back.
-  __device__ double lse(float temperature, float c, float z) const {
-    return (offset * (kExact ? static_cast<double>(c) : 1.) + exact_log2(z)) /
-           (static_cast<double>(temperature) * c);
-  }
 };
 
 template <bool kExact>
@@ -43,7 +31,7 @@ struct RowState {
   float divergence, g_s, g_t;
   float mean;                          // of a KL's difference of exponents, in units of 1
   float kd_s, kd_t;                    // upstream, weights and 1/T of the divergence's gradient
-  float ce_p, ce_label, ce_smoothing;  // of p_1, of the label, of each class weight
+  float ce_label, ce_smoothing, class_weights;  // of the label, of each class weight, their sum
   int label;                           // -1: none, or not needed
   // A decoupled KL: the label's entries of its gradients, and the weight of the other classes' KL.
   float label_s, label_t, rest;
@@ -84,6 +72,7 @@ __device__ inline Terms any_terms(const Setup& q, int inputs, const RowState<kEx
     pt = inputs == 2 ? xt : expf(xt);
   }
   Terms x = terms(q.kind, a, b, ps, pt, q.p0, q.p1);
+  if (inputs == 0) x = behind_softmax(q.kind, x, ps, pt, q.p0);
   // Probabilities given by the user are not normalised here, so nothing else carries a NaN on.
   if (inputs && (xs != xs || xt != xt)) x.f = x.g_s = x.g_t = NAN;
   return x;
@@ -105,11 +94,11 @@ struct ByTemperature {
   }
 };
 
-// Adds the hard-label term's gradient.
+// Adds the hard-label term's gradient, in pairs that cancel exactly where p is 1.
 template <int N, class Io>
 __device__ inline void add_hard(const Problem& p, const Setup& q, const RowState<Io::kExact>& r,
                                 const Io& io, int chunk, const float (&xs)[N], float (&gs)[N]) {
-  const float k = r.ce_p * r.one.scale;
+  const float k = r.ce_label * r.one.scale;
 #pragma unroll
   for (int i = 0; i < N; ++i) gs[i] = fmaf(fast_exp2(r.one.u(xs[i], kLog2e)), k, gs[i]);
   if (io.holds(chunk, r.label)) {
@@ -122,7 +111,10 @@ __device__ inline void add_hard(const Problem& p, const Setup& q, const RowState
     for (int i = 0; i < N; ++i) {
       const int v = io.index(chunk, i);
       if (v >= 0 && v < p.classes)
-        gs[i] -= r.ce_smoothing * (p.class_weight ? __ldg(p.class_weight + v) : 1.f);
+        gs[i] = fmaf(r.ce_smoothing,
+                     fmaf(fast_exp2(r.one.u(xs[i], kLog2e)) * r.one.scale, r.class_weights,
+                          -(p.class_weight ? __ldg(p.class_weight + v) : 1.f)),
+                     gs[i]);
     }
   }
 }
@@ -305,34 +297,29 @@ __device__ inline float run_row(const Problem& p, const Setup& q, Io& io, const 
     if (p.class_weight) label_weight = p.class_weight[r.label];
   }
   const bool bad_label = needs_label && active && r.label < 0;
+  float* const stats = p.stats + (valid ? row : 0) * kStats;
+  r.divergence = r.g_s = r.g_t = r.mean = 0.f;
+  if (p.backward && active) {
+    o.m_s = stats[kTopS], o.m_t = stats[kTopT];
+    o.z_s = stats[kZs], o.z_t = stats[kZt], z_1 = stats[kZ1];
+    r.g_s = stats[kGs], r.g_t = stats[kGt], r.divergence = stats[kDiv];
+  }
   // The hard-label term sees all classes, also where the sums have left one out.
-  float m_1 = o.m_s;
-  if (decoupled && p.hard && !p.backward) {
-    m_1 = fmaxf(o.m_s, label_logit);
+  const float m_1 = decoupled && p.hard ? fmaxf(o.m_s, label_logit) : o.m_s;
+  if (decoupled && p.hard && !p.backward)
     z_1 = z_1 * fast_exp2(OnlineOp<kExact>::distance(o.m_s, m_1, kLog2e)) +
           fast_exp2(exponent<kExact>(label_logit, kLog2e, offset_of<kExact>(m_1, kLog2e)));
-  }
-  float* const stats = p.stats + (valid ? row : 0) * kStats;
-  const float inv_classes = 1.f / static_cast<float>(p.classes);
-  if (p.backward && active) {
-    const int low = __float_as_int(stats[kLseLow]);
-    r.s.from_lse(join_lse(stats[kLseS], low, 0), 1.f / q.inv_ts, q.c_s);
-    r.t.from_lse(join_lse(stats[kLseT], low, 1), 1.f / q.inv_tt, q.c_t);
-    r.one.from_lse(join_lse(stats[kLse1], low, 2), 1.f, kLog2e);
-    r.g_s = stats[kGs], r.g_t = stats[kGt], r.divergence = stats[kDiv];
+  r.s.from_sums(o.m_s, q.c_s, o.z_s);
+  r.t.from_sums(o.m_t, q.c_t, o.z_t);
+  r.one.from_sums(m_1, kLog2e, z_1);
+  if (p.backward) {
     const float z_ratio = r.t.log2_z - r.s.log2_z;
     r.mean =
         fmaf(kLn2, q.path == kFastReverse ? -z_ratio : z_ratio, decoupled ? r.g_s : r.divergence);
-    if (decoupled && stats[kLseS] == -INFINITY) r.s.from_nothing();
-    if (decoupled && stats[kLseT] == -INFINITY) r.t.from_nothing();
-  } else {
-    r.s.from_sums(o.m_s, q.c_s, o.z_s);
-    r.t.from_sums(o.m_t, q.c_t, o.z_t);
-    r.one.from_sums(m_1, kLog2e, z_1);
-    r.divergence = r.g_s = r.g_t = r.mean = 0.f;
-    if (decoupled && o.z_s == 0.f) r.s.from_nothing();
-    if (decoupled && o.z_t == 0.f) r.t.from_nothing();
   }
+  if (decoupled && o.z_s == 0.f) r.s.from_nothing();
+  if (decoupled && o.z_t == 0.f) r.t.from_nothing();
+  const float inv_classes = 1.f / static_cast<float>(p.classes);
   Binary binary = {0.f, 0.f, 0.f};
   if (decoupled && active) {
     const float odds_s = r.s.log_p(label_logit, q.c_s);
@@ -417,15 +404,10 @@ __device__ inline float run_row(const Problem& p, const Setup& q, Io& io, const 
       if (p.hard) loss += q.ce * w * ce;
     }
     p.losses[row] = loss;
-    float lse[3] = {0.f, 0.f, 0.f};
-    int low = 0;
-    if (active && !p.inputs) {
-      lse[0] = split_lse(r.s.lse(1.f / q.inv_ts, q.c_s, o.z_s), 0, low);
-      lse[1] = split_lse(r.t.lse(1.f / q.inv_tt, q.c_t, o.z_t), 1, low);
-    }
-    if (active && p.hard) lse[2] = split_lse(r.one.lse(1.f, kLog2e, z_1), 2, low);
-    const float out[kStats] = {lse[0], lse[1],       lse[2], r.g_s,
-                               r.g_t,  r.divergence, ce,     __int_as_float(low)};
+    const bool sums = active && !p.inputs;
+    const float out[kStats] = {sums ? o.m_s : 0.f, sums ? o.m_t : 0.f, sums ? o.z_s : 0.f,
+                               sums ? o.z_t : 0.f, p.hard ? z_1 : 0.f, r.g_s,
+                               r.g_t,              r.divergence};
 #pragma unroll
     for (int i = 0; i < kStats; i += 4) {
       Vec<float> half;
@@ -442,7 +424,7 @@ __device__ inline float run_row(const Problem& p, const Setup& q, Io& io, const 
   r.kd_s = kd * q.inv_ts, r.kd_t = kd * q.inv_tt;
   r.ce_label = ck * (1.f - q.smoothing) * label_weight;
   r.ce_smoothing = ck * q.smoothing * inv_classes;
-  r.ce_p = fmaf(r.ce_smoothing, q.smooth ? class_weights : 0.f, r.ce_label);
+  r.class_weights = class_weights;
   ByTemperature temperatures;
   if (valid) io.open_gradient(row);
   if (active) {

@@ -32,7 +32,20 @@ enum Scalar : int {
   kP0 = 5,
   kP1 = 6
 };
-enum Stat : int { kLseS = 0, kLseT = 1, kLse1 = 2, kGs = 3, kGt = 4, kDiv = 5, kCe = 6 };
+// A side's log-sum-exp is its largest score `top` and z, the sum relative to that: together they lose
+// nothing, also far from 0. kZ1 is the student's z at temperature 1. A decoupled KL's are of the
+// classes other than the label's (z = 0: there is none), and relative to the label's score too in
+// kZ1; its kGs is the KL among them and kGt the label's binary KL.
+enum Stat : int {
+  kTopS = 0,
+  kTopT = 1,
+  kZs = 2,
+  kZt = 3,
+  kZ1 = 4,
+  kGs = 5,
+  kGt = 6,
+  kDiv = 7
+};
 constexpr int kScalars = 8, kStats = 8;
 
 // One class's share of the divergence, and its derivatives by a = log p_s and b = log p_t.
@@ -122,6 +135,13 @@ KDK_HD Terms symmetric_kl(float a, float b, float ps, float pt, float w) {
   if (w >= 1.f) return x;
   if (w <= 0.f) return y;
   return {w * x.f + v * y.f, w * x.g_s + v * y.g_s, w * x.g_t + v * y.g_t};
+}
+
+// A softmax behind the scores ignores multiples of the probabilities in a gradient, and they only
+// round: this takes out those of a symmetric KL.
+KDK_HD Terms behind_softmax(int kind, Terms x, float ps, float pt, float p0) {
+  if (kind != kSymmetricKL) return x;
+  return {x.f, x.g_s - (1.f - p0) * ps, x.g_t - p0 * pt};
 }
 
 // (e^x - 1) / x.

@@ -28,5 +28,5 @@ class Inputs(enum.IntEnum):
 
 # Places in the packed scalars and in the saved statistics of a row.
 TEMPERATURE, TEACHER_TEMPERATURE, KD_WEIGHT, CE_WEIGHT, LABEL_SMOOTHING, P0, P1 = range(7)
-LSE_S, LSE_T, LSE_1, G_S, G_T, DIVERGENCE, CROSS_ENTROPY = range(7)
+TOP_S, TOP_T, Z_S, Z_T, Z_1, G_S, G_T, DIVERGENCE = range(8)
 STATS = 8

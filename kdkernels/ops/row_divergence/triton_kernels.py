@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from kdkernels.ops.row_divergence.triton_terms import (
-    around,
     ce_gradient,
     class_weights,
     count_rows,
@@ -31,13 +30,11 @@ from kdkernels.ops.row_divergence.triton_terms import (
     public_sums,
     read,
     rest_gradient,
-    split,
     store,
     sums,
     teacher_probs,
     terms,
     times,
-    whole,
     without,
     write_row,
 )
@@ -229,6 +226,7 @@ def looped_kernel(
     CE = tl.zeros([R], tl.float32)
     total_cw = CE
     base_1 = base_s
+    sum_1 = CE
     if HARD:
         sum_1 = tl.sum(z1, 1)
         if OTHERS:
@@ -286,20 +284,10 @@ def looped_kernel(
     label_s = odds_s
     label_t = odds_t
     rest = D
-    log_s = lz_s
-    log_t = lz_t
     if OTHERS:
         D, G_s, G_t, label_s, label_t, rest = decoupled(D, odds_s, odds_t, all_t, p0, p1)
         g_t = G_s
-        log_s = tl.log(all_s)
-        log_t = tl.log(all_t)
-    # A log-sum-exp rounded to float32 would cost the backward digits on peaked or shifted logits. What it lacks goes
-    # into the last statistic, three times ten bits (the highest bit of the exponent stays 0: a finite number).
-    lse_s, rest_s = split(m_s.to(tl.float64) * inv_s.to(tl.float64) + log_s)
-    lse_t, rest_t = split(m_t.to(tl.float64) * inv_t.to(tl.float64) + log_t)
-    lse_1, rest_1 = split(base_1.to(tl.float64) + lz1)
-    rests = (rest_s | (rest_t << 10) | (rest_1 << 20)).to(tl.float32, bitcast=True)
-    write_row(row, inside, live, losses, stats, kw, cw_row, D, CE, lse_s, lse_t, lse_1, G_s, G_t, rests)
+    write_row(row, inside, live, losses, stats, kw, cw_row, D, CE, m_s, m_t, all_s, all_t, sum_1, G_s, G_t)
     if ds is not None or dt is not None:
         _gradient_sweep(
             s_row, t_row, ds_row, dt_row, s_c, t_c, ds_c, dt_c, V, inside, live, y, cwy, class_weight, total_cw,
@@ -376,9 +364,9 @@ def resident_kernel(
     b -= lz_t[:, None]
     ps *= (1.0 / z_s)[:, None]
     pt *= (1.0 / z_t)[:, None]
-    lse1 = m_s
     CE = tl.zeros([R], tl.float32)
     total_cw = CE
+    z1 = CE
     cw = class_weights(class_weight, cols, V)
     p1_ = ps
     if HARD:
@@ -387,7 +375,6 @@ def resident_kernel(
         z1 = tl.sum(p1_, 1)
         p1_ *= (1.0 / z1)[:, None]
         lz1 = tl.log(z1)
-        lse1 = m1 + lz1
         total_cw += tl.sum(cw, 0)
         x_y = tl.sum(tl.where(own, x, 0.0), 1)
         x_smooth = tl.sum(tl.where(mask, times(cw[None, :], x), 0.0), 1)
@@ -422,15 +409,10 @@ def resident_kernel(
         odds_t = log_odds(t_y, m_t, inv_t, all_t)
         D, G_s, G_t, label_s, label_t, rest = decoupled(D, odds_s, odds_t, all_t, p0, p1)
         g_t = G_s
-        lz_s = tl.log(all_s)
-        lz_t = tl.log(all_t)
     if losses is not None:
         if not OTHERS:
             G_s, G_t = public_sums(kind, inputs, D, G_s, G_t)
-        loss = write_row(
-            row, inside, live, losses, stats, kw, cw_row, D, CE, m_s * inv_s + lz_s, m_t * inv_t + lz_t, lse1, G_s, G_t,
-            tl.zeros_like(D),
-        )  # fmt: skip
+        loss = write_row(row, inside, live, losses, stats, kw, cw_row, D, CE, m_s, m_t, all_s, all_t, z1, G_s, G_t)
         if total is not None:
             tl.store(total, tl.sum(loss, 0))
     else:
@@ -496,23 +478,21 @@ def backward_kernel(
     plain = inputs == 0
     other_t = tl.where(inputs == 2, 0.0, float("-inf"))
     at = stats + row * 8
-    bits = tl.load(at + 7, mask=live, other=0.0).to(tl.int32, bitcast=True)
     inv_s = inverse(ts, plain)
     inv_t = inverse(tt, plain)
-    lse_s = tl.load(at, mask=live, other=0.0)
-    lse_t = tl.load(at + 1, mask=live, other=0.0)
-    shift_s, lz_s = around(whole(lse_s, bits), ts, inv_s)
-    shift_t, lz_t = around(whole(lse_t, bits >> 10), tt, inv_t)
-    lse_1 = whole(tl.load(at + 2, mask=live, other=0.0), bits >> 20)
-    shift_1 = lse_1.to(tl.float32)
-    lz_1 = (lse_1 - shift_1).to(tl.float32)
-    shift_s = tl.where(plain, shift_s, 0.0)
-    shift_t = tl.where(plain, shift_t, 0.0)
-    lz_s = tl.where(plain, lz_s, 0.0)
-    lz_t = tl.where(plain, lz_t, 0.0)
-    D = tl.load(at + 5, mask=live, other=0.0)
-    G_s = tl.load(at + 3, mask=live, other=0.0)
-    g_s, g_t = sums(kind, inputs, D, G_s, tl.load(at + 4, mask=live, other=0.0))
+    m_s = tl.load(at, mask=live, other=0.0)
+    m_t = tl.load(at + 1, mask=live, other=0.0)
+    all_s = tl.load(at + 2, mask=live & plain, other=1.0)
+    all_t = tl.load(at + 3, mask=live & plain, other=1.0)
+    lz_s = tl.log(all_s)
+    lz_t = tl.log(all_t)
+    base_1 = m_s
+    lz_1 = lz_s
+    if HARD:
+        lz_1 = tl.log(tl.load(at + 4, mask=live, other=1.0))
+    D = tl.load(at + 7, mask=live, other=0.0)
+    G_s = tl.load(at + 5, mask=live, other=0.0)
+    g_s, g_t = sums(kind, inputs, D, G_s, tl.load(at + 6, mask=live, other=0.0))
     s_row = student + o * s_o + i * s_i
     t_row = teacher + o * t_o + i * t_i
     odds_s = D
@@ -521,19 +501,14 @@ def backward_kernel(
     label_t = D
     rest = D
     if OTHERS:
-        # A log-sum-exp of -inf: no class but the label's.
-        none_s = lse_s == float("-inf")
-        none_t = lse_t == float("-inf")
-        shift_s = tl.where(none_s, 0.0, shift_s)
-        shift_t = tl.where(none_t, 0.0, shift_t)
-        lz_s = tl.where(none_s, 0.0, lz_s)
-        lz_t = tl.where(none_t, 0.0, lz_t)
+        lz_s = tl.log(no_class(all_s))
+        lz_t = tl.log(no_class(all_t))
         s_y = tl.load(s_row + y.to(tl.int64) * s_c, mask=live, other=0.0).to(tl.float32)
         t_y = tl.load(t_row + y.to(tl.int64) * t_c, mask=live, other=0.0).to(tl.float32)
-        odds_s = log_odds(s_y, shift_s, inv_s, tl.where(none_s, 0.0, 1.0)) - lz_s
-        odds_t = log_odds(t_y, shift_t, inv_t, tl.where(none_t, 0.0, 1.0)) - lz_t
-        z_t = tl.where(none_t, 0.0, 1.0)
-        _, g_t, _, label_s, label_t, rest = decoupled(G_s, odds_s, odds_t, z_t, p0, p1)
+        odds_s = log_odds(s_y, m_s, inv_s, all_s)
+        odds_t = log_odds(t_y, m_t, inv_t, all_t)
+        base_1 = finite(tl.where(all_s == 0.0, s_y, tl.maximum(m_s, s_y)))
+        _, g_t, _, label_s, label_t, rest = decoupled(G_s, odds_s, odds_t, all_t, p0, p1)
     total_cw = tl.zeros([R], tl.float32)
     if HARD:
         weights = tl.zeros([C], tl.float32)
@@ -550,7 +525,8 @@ def backward_kernel(
         kw *= kd
         cw_row *= ce
     sum_s, sum_t = _gradient_sweep(
-        s_row, t_row, ds_row, dt_row, s_c, t_c, ds_c, dt_c, V, inside, live, y, cwy, class_weight, total_cw, kw, cw_row, shift_s, lz_s, shift_t, lz_t, shift_1, lz_1,
+        s_row, t_row, ds_row, dt_row, s_c, t_c, ds_c, dt_c, V, inside, live, y, cwy, class_weight, total_cw, kw, cw_row,
+        m_s, lz_s, m_t, lz_t, base_1, lz_1,
         g_s, g_t, ts, tt, eps, p0, p1, kind, inputs, other_t, odds_s, odds_t, label_s, label_t, rest,
         R, C, HARD, SIMPLE, OTHERS, COLUMNS, temperature_grad is not None,
     )  # fmt: skip

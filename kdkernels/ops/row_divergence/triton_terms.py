@@ -341,48 +341,18 @@ def finite(m):
 
 
 @triton.jit
-def _step(x):
-    """The distance of float32 x to its neighbours; 0 where it has none."""
-    step = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True) * 1.1920929e-07
-    return tl.where(step < float("inf"), step, 0.0)
-
-
-@triton.jit
-def split(exact):
-    """Float64 as a float32 and ten bits of what that lacks."""
-    x = exact.to(tl.float32)
-    step = _step(x)
-    part = (exact - x).to(tl.float32) / tl.where(step == 0.0, 1.0, step)
-    part = tl.where(tl.abs(part) <= 0.5, part, 0.0)
-    return x, (part * 1022.0 + 512.5).to(tl.int32)
-
-
-@triton.jit
-def whole(x, bits):
-    """Float64 from a float32 and its rest."""
-    return x.to(tl.float64) + (((bits & 1023) - 512).to(tl.float32) / 1022.0 * _step(x))
-
-
-@triton.jit
-def around(lse, temperature, inv):
-    """A float32 near temperature * lse to subtract from logits first, and what is then left of lse."""
-    shift = (lse * temperature).to(tl.float32)
-    return shift, (lse - shift.to(tl.float64) * inv.to(tl.float64)).to(tl.float32)
-
-
-@triton.jit
-def write_row(row, inside, live, losses, stats, kw, cw, D, CE, lse_s, lse_t, lse1, G_s, G_t, rests):
+def write_row(row, inside, live, losses, stats, kw, cw, D, CE, top_s, top_t, z_s, z_t, z_1, G_s, G_t):
     loss = tl.where(live, times(kw, D) + times(cw, CE), 0.0)
     tl.store(losses + row, loss, mask=inside)
     at = stats + row * 8
-    tl.store(at, tl.where(live, lse_s, 0.0), mask=inside)
-    tl.store(at + 1, tl.where(live, lse_t, 0.0), mask=inside)
-    tl.store(at + 2, tl.where(live, lse1, 0.0), mask=inside)
-    tl.store(at + 3, tl.where(live, G_s, 0.0), mask=inside)
-    tl.store(at + 4, tl.where(live, G_t, 0.0), mask=inside)
-    tl.store(at + 5, tl.where(live, D, 0.0), mask=inside)
-    tl.store(at + 6, tl.where(live, CE, 0.0), mask=inside)
-    tl.store(at + 7, tl.where(live, rests, 0.0), mask=inside)
+    tl.store(at, tl.where(live, top_s, 0.0), mask=inside)
+    tl.store(at + 1, tl.where(live, top_t, 0.0), mask=inside)
+    tl.store(at + 2, tl.where(live, z_s, 0.0), mask=inside)
+    tl.store(at + 3, tl.where(live, z_t, 0.0), mask=inside)
+    tl.store(at + 4, tl.where(live, z_1, 0.0), mask=inside)
+    tl.store(at + 5, tl.where(live, G_s, 0.0), mask=inside)
+    tl.store(at + 6, tl.where(live, G_t, 0.0), mask=inside)
+    tl.store(at + 7, tl.where(live, D, 0.0), mask=inside)
     return loss
 
 
