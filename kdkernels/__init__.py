@@ -22,6 +22,12 @@ from kdkernels.losses.divergences import (
     symmetric_kl_div,
     total_variation,
 )
+from kdkernels.losses.graphs import (
+    GlobalStructureLoss,
+    InstanceRelationGraphLoss,
+    global_structure_loss,
+    instance_relation_graph_loss,
+)
 from kdkernels.losses.logits import DistillationLoss, KLDivLoss, distillation_loss, kl_div
 from kdkernels.losses.mutual import MutualKLDivLoss, mutual_kl_div
 from kdkernels.losses.relational import (
@@ -59,7 +65,9 @@ __all__ = [
     "DecoupledKDLoss",
     "DistillationLoss",
     "GeneralizedJSDivLoss",
+    "GlobalStructureLoss",
     "HardDarkRankLoss",
+    "InstanceRelationGraphLoss",
     "JSDivLoss",
     "KLDivLoss",
     "LwFLoss",
@@ -83,7 +91,9 @@ __all__ = [
     "dist_loss",
     "distillation_loss",
     "generalized_js_div",
+    "global_structure_loss",
     "hard_dark_rank_loss",
+    "instance_relation_graph_loss",
     "js_div",
     "kl_div",
     "lwf_loss",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kdkernels.losses import relational
+from kdkernels.losses import graphs, relational
 from kdkernels.ops.registry import Case, Shape, Spec
 
 # (N, D of the student); the teacher's D is 1.5 times that and 1 more.
@@ -66,6 +66,25 @@ def eager_hard_dark_rank(student: torch.Tensor, teacher: torch.Tensor, **_: Any)
     return -torch.stack([s[:, m] - s[:, m:].logsumexp(1) for m in range(s.shape[1])]).sum(0).mean()
 
 
+def eager_irg(student_features: torch.Tensor, teacher_features: torch.Tensor, **_: Any) -> torch.Tensor:
+    s, t = (eager_distances(x) ** 2 for x in (student_features, teacher_features))
+    return 5 * F.mse_loss(s / s.max(), t / t.max())
+
+
+def eager_global_structure(student: torch.Tensor, teacher: torch.Tensor, kernel: str, **_: Any) -> torch.Tensor:
+    def similarity(x: torch.Tensor) -> torch.Tensor:
+        if kernel == "rbf":
+            return torch.exp(-0.5 * ((x.unsqueeze(0) - x.unsqueeze(1)) ** 2).sum(-1))
+        x = F.normalize(x, dim=-1)
+        return x @ x.t()
+
+    return F.mse_loss(similarity(student), similarity(teacher))
+
+
+def make_features(shape: Shape, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    return {f"{name}_features": x for name, x in make_embeddings(shape, generator).items()}
+
+
 def floor_bytes(shape: Shape, itemsize: int, backward: bool) -> int:
     """Read both models' samples, write the student's gradient: where D is small. The arithmetic is N^2 D."""
     n, features = shape
@@ -99,5 +118,11 @@ SPEC = Spec(
         _case("hard_dark_rank-sum", relational.hard_dark_rank_loss, make_small, None, ("student",), alpha=2.0, beta=2.0,
               k=3, reduction="sum"),
         _case("hard_dark_rank-none", relational.hard_dark_rank_loss, make_small, None, ("student",), reduction="none"),
+        _case("irg", graphs.instance_relation_graph_loss, make_features, eager_irg,
+              ("student_features", "teacher_features"), True),
+        _case("global_structure", graphs.global_structure_loss, make_embeddings, eager_global_structure, bench=True,
+              kernel="linear"),
+        _case("global_structure-rbf", graphs.global_structure_loss, make_small, eager_global_structure, bench=True,
+              kernel="rbf", normalize=False),
     ),
 )  # fmt: skip
