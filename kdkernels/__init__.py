@@ -28,6 +28,18 @@ from kdkernels.losses.graphs import (
     global_structure_loss,
     instance_relation_graph_loss,
 )
+from kdkernels.losses.linear import (
+    LinearDistillationLoss,
+    LinearGeneralizedJSDivLoss,
+    LinearJSDivLoss,
+    LinearKLDivLoss,
+    LinearReverseKLDivLoss,
+    linear_distillation_loss,
+    linear_generalized_js_div,
+    linear_js_div,
+    linear_kl_div,
+    linear_reverse_kl_div,
+)
 from kdkernels.losses.logits import DistillationLoss, KLDivLoss, distillation_loss, kl_div
 from kdkernels.losses.mutual import MutualKLDivLoss, mutual_kl_div
 from kdkernels.losses.relational import (
@@ -70,6 +82,11 @@ __all__ = [
     "InstanceRelationGraphLoss",
     "JSDivLoss",
     "KLDivLoss",
+    "LinearDistillationLoss",
+    "LinearGeneralizedJSDivLoss",
+    "LinearJSDivLoss",
+    "LinearKLDivLoss",
+    "LinearReverseKLDivLoss",
     "LwFLoss",
     "MutualKLDivLoss",
     "PixelWiseDivLoss",
@@ -96,6 +113,11 @@ __all__ = [
     "instance_relation_graph_loss",
     "js_div",
     "kl_div",
+    "linear_distillation_loss",
+    "linear_generalized_js_div",
+    "linear_js_div",
+    "linear_kl_div",
+    "linear_reverse_kl_div",
     "lwf_loss",
     "mutual_kl_div",
     "pixel_wise_div",

@@ -1,0 +1,1 @@
+"""Row divergences from hidden states and output heads, without the logits ever being whole."""

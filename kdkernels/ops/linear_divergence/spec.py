@@ -1,0 +1,110 @@
+"""Cases of the losses from hidden states and heads for tests, bench and check."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from kdkernels.losses import linear
+from kdkernels.ops.registry import Case, Shape, Spec
+from kdkernels.ops.row_divergence.spec import eager_distillation, eager_js, eager_kl
+
+# (tokens, vocabulary, hidden); of the teacher's hidden sizes, HIDDEN_MORE wider.
+SHAPES: tuple[Shape, ...] = ((5, 4, 2), (1, 1, 1), (9, 130, 20), (2, 3, 33, 8))
+SMALL = SHAPES[:1]
+BENCH = {"llm-32k": (256, 32000, 512)}
+BENCH_GPU = {"llm-128k": (8192, 128256, 4096), "llm-32k": (8192, 32000, 2048)}
+HIDDEN_MORE = 3
+STUDENT = ("student_hidden", "student_weight")
+TEACHER = ("teacher_hidden", "teacher_weight")
+
+
+def make_hidden(shape: Shape, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Hidden states and heads whose logits have the spread of trained models."""
+    *tokens, classes, width = shape
+    made = {}
+    for model, h in (("student", width), ("teacher", width + HIDDEN_MORE)):
+        made[f"{model}_hidden"] = torch.randn(*tokens, h, generator=generator)
+        made[f"{model}_weight"] = 3 / h**0.5 * torch.randn(classes, h, generator=generator)
+    return made
+
+
+def make_labelled(shape: Shape, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """The same with labels, about a quarter of them ignored (never all)."""
+    *tokens, classes, _ = shape
+    labels = torch.randint(0, classes, tokens, generator=generator)
+    ignored = torch.rand(tokens, generator=generator) < 0.25
+    ignored.view(-1)[0] = False
+    return {**make_hidden(shape, generator), "labels": labels.masked_fill(ignored, -100)}
+
+
+def make_everything(shape: Shape, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Biases, token weights and class weights too."""
+    *tokens, classes, _ = shape
+    return {
+        **make_labelled(shape, generator),
+        "student_bias": torch.randn(classes, generator=generator),
+        "teacher_bias": torch.randn(classes, generator=generator),
+        "weight": torch.rand(tokens, generator=generator),
+        "class_weight": 0.5 + torch.rand(classes, generator=generator),
+    }
+
+
+def make_padded(shape: Shape, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Heads padded by one class and by three."""
+    made = make_labelled(shape, generator)
+    made["labels"] = made["labels"].clamp(max=shape[-2] - 2)
+    made["teacher_weight"] = torch.cat([made["teacher_weight"], made["teacher_weight"][:1].expand(2, -1)])
+    return made
+
+
+def _with_logits(eager: Any) -> Any:
+    """As people write it: whole logits of both models, then the loss."""
+
+    def loss(
+        student_hidden: torch.Tensor, student_weight: torch.Tensor, teacher_hidden: torch.Tensor,
+        teacher_weight: torch.Tensor, **options: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        with torch.no_grad():
+            teacher = F.linear(teacher_hidden, teacher_weight)
+        return eager(F.linear(student_hidden, student_weight).float(), teacher.float(), **options)
+
+    return loss
+
+
+def _case(
+    name: str, function: Any, make: Any = make_hidden, eager: Any = None, grads: tuple[str, ...] = STUDENT,
+    shapes: tuple[Shape, ...] = SHAPES, **options: Any,
+) -> Case:  # fmt: skip
+    return Case(
+        name, function, make, options, None if eager is None else _with_logits(eager), grads=grads, shapes=shapes,
+        bench={} if eager is None else BENCH, bench_gpu={} if eager is None else BENCH_GPU, bench_grads=STUDENT,
+        bench_dtypes=(torch.float32, torch.bfloat16), headline=eager is not None,
+    )  # fmt: skip
+
+
+SPEC = Spec(
+    family="linear_divergence",
+    backends=("reference", "cpu", "triton", "cuda"),
+    cases=(
+        _case("linear_kl_div", linear.linear_kl_div, eager=eager_kl, temperature=2.0),
+        _case("linear_js_div", linear.linear_js_div, eager=eager_js),
+        _case("linear_distillation_loss", linear.linear_distillation_loss, make_labelled, eager_distillation),
+        _case("linear_kl_div-both", linear.linear_kl_div, grads=STUDENT + TEACHER, temperature=2.0),
+        _case("linear_reverse_kl_div", linear.linear_reverse_kl_div, make_labelled, temperature=2.0),
+        _case("linear_generalized_js_div-none", linear.linear_generalized_js_div, make_labelled, beta=0.2, reduction="none"),
+        # Two chunks and a shorter one.
+        _case(
+            "linear_distillation_loss-everything", linear.linear_distillation_loss, make_everything,
+            grads=(*STUDENT, "student_bias", *TEACHER, "teacher_bias"), shapes=SMALL, divergence="js",
+            label_smoothing=0.1, chunk_bytes=140, student_softcap=4.0, teacher_softcap=5.0, student_logit_scale=1.5,
+            teacher_logit_scale=0.5,
+        ),
+        _case(
+            "linear_distillation_loss-decoupled", linear.linear_distillation_loss, make_padded, shapes=SMALL,
+            divergence="decoupled_kl", vocab_size=3, compact=True, chunk_bytes=80,
+        ),
+    ),
+)  # fmt: skip
