@@ -156,13 +156,15 @@ def run_row(
             continue
         grads = sum(inputs[n].nbytes for n in bench_grads(row.case)) if backward else 0
         peaks = {name: peak_bytes(call, device) for name, call in ready.items()}
-        if nbytes:
+        if row.case.floor_work:
+            ready["floor"] = row.case.floor_work(inputs, backward)
+        elif nbytes:
             ready["floor"] = floor_probe(nbytes, device)
         rounds = interleave(ready, timer, options.seconds)
         wall = rounds
         if device.type == "cuda":
             wall = interleave(ready, WallTimer(device), options.seconds / 4)
-        if nbytes:
+        if "floor" in ready:
             yield record(row, mode, Contender("floor"), nbytes, device, rounds, wall)
         for c in found:
             timed = c.name in ready

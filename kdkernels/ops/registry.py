@@ -39,6 +39,8 @@ class Case:
         bench: real ones, for benchmarks on a CPU: label -> shape.
         bench_gpu: the same for a GPU.
         floor_bytes: floor_bytes(shape, itemsize, backward) -> the least traffic that the mathematics allows.
+        floor_work: floor_work(inputs, backward) -> a call that does what no implementation can do without, where that
+            is not traffic but matrix products.
         bench_dtypes: what to time.
         bench_grads: the inputs that get a gradient when timed; default: the first of `grads` (a teacher is frozen).
         headline: whether the README's table shows it.
@@ -54,6 +56,7 @@ class Case:
     bench: Mapping[str, Shape] = field(default_factory=dict)
     bench_gpu: Mapping[str, Shape] = field(default_factory=dict)
     floor_bytes: Callable[[Shape, int, bool], int] | None = None
+    floor_work: Callable[[Inputs, bool], Callable[[], Any]] | None = None
     bench_dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     bench_grads: tuple[str, ...] = ()
     headline: bool = False

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from kdkernels.losses import linear
-from kdkernels.ops.registry import Case, Shape, Spec
+from kdkernels.ops.registry import Case, Inputs, Shape, Spec
 from kdkernels.ops.row_divergence.spec import eager_distillation, eager_js, eager_kl
 
 # (tokens, vocabulary, hidden); of the teacher's hidden sizes, HIDDEN_MORE wider.
@@ -74,6 +75,22 @@ def _with_logits(eager: Any) -> Any:
     return loss
 
 
+def products(inputs: Inputs, backward: bool) -> Callable[[], Any]:
+    """The matrix products alone, on whole tensors that exist already, in the inputs' dtype."""
+    h_s, w_s, h_t, w_t = (inputs[n].detach() for n in STUDENT + TEACHER)
+    student, teacher = h_s @ w_s.T, h_t @ w_t.T
+    d_hidden, d_weight = torch.empty_like(h_s), torch.empty_like(w_s)
+
+    def run() -> None:
+        torch.mm(h_s, w_s.T, out=student)
+        torch.mm(h_t, w_t.T, out=teacher)
+        if backward:
+            torch.mm(student, w_s, out=d_hidden)
+            torch.mm(student.T, h_s, out=d_weight)
+
+    return run
+
+
 def _case(
     name: str, function: Any, make: Any = make_hidden, eager: Any = None, grads: tuple[str, ...] = STUDENT,
     shapes: tuple[Shape, ...] = SHAPES, **options: Any,
@@ -81,7 +98,7 @@ def _case(
     return Case(
         name, function, make, options, None if eager is None else _with_logits(eager), grads=grads, shapes=shapes,
         bench={} if eager is None else BENCH, bench_gpu={} if eager is None else BENCH_GPU, bench_grads=STUDENT,
-        bench_dtypes=(torch.float32, torch.bfloat16), headline=eager is not None,
+        bench_dtypes=(torch.float32, torch.bfloat16), floor_work=products, headline=eager is not None,
     )  # fmt: skip
 
 
