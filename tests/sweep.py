@@ -14,6 +14,7 @@ from kdkernels.ops.registry import Case, Inputs, Shape, specs
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 Dtypes = tuple[torch.dtype, ...]  # one for each of case.grads
+MORE_DRAWS = 16
 SAME: tuple[Dtypes, ...] = ((F32, F32), (F16, F16), (BF16, BF16))
 MIXED: tuple[Dtypes, ...] = ((F16, F32), (F32, BF16), (BF16, F16), (BF16, F32))
 
@@ -75,12 +76,12 @@ def exact(case: Case, inputs: Inputs, dtypes: Dtypes, **options: Any) -> dict[st
 
 
 @functools.cache
-def levels(case_name: str, shape: Shape, dtypes: Dtypes, unit: bool) -> dict[str, Level]:
-    """fp32 eager's errors on inputs of this shape and these dtypes, class axis last."""
+def levels(case_name: str, shape: Shape, dtypes: Dtypes, unit: bool, times: int = 1) -> dict[str, Level]:
+    """fp32 eager's errors on inputs of this shape and these dtypes, class axis last, in `times` the usual draws."""
     case = CASES[case_name]
-    generator = seeded(f"{case_name}{shape}{dtypes}{unit}")
+    generator = seeded(f"{case_name}{shape}{dtypes}{unit}{times}")
     found = {name: Level() for name in ("loss", *case.grads)}
-    of_loss, of_gradients = draws(torch.Size(shape).numel())
+    of_loss, of_gradients = (times * n for n in draws(torch.Size(shape).numel()))
     for i in range(of_loss):
         inputs = cast(case, case.make(shape, generator), dtypes)
         wanted = case.grads if i < of_gradients else ()
@@ -108,9 +109,13 @@ def check(
             assert value.dtype == F32, f"the loss is {value.dtype}"
         else:
             assert value.dtype == inputs[name].dtype, f"the gradient of {name} is {value.dtype}"
-        assert_accurate(
-            value, truth[name], bars[name].seen(eager[name], truth[name]), f"{case.name} on {target}, {name}"
-        )
+        level, what = bars[name].seen(eager[name], truth[name]), f"{case.name} on {target}, {name}"
+        try:
+            assert_accurate(value, truth[name], level, what)
+        except AssertionError:
+            # Among thousands of checks some meet a draw that is one in thousands: eager gets as many tries.
+            bars = levels(case.name, shape, dtypes, unit, times=MORE_DRAWS)
+            assert_accurate(value, truth[name], bars[name].seen(eager[name], truth[name]), what)
     for name, x in inputs.items():
         assert torch.equal(x.nan_to_num(), before[name].nan_to_num()), f"{name} was written to"
 

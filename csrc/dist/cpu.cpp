@@ -40,7 +40,8 @@ struct Job {
   bool clamp;
   int64_t ignore_index, classes, inner, count, threads;
 
-  float c() const { return kLog2E / scalars[kT]; }
+  RunningSoftmax softmax() const { return RunningSoftmax(1.0 / scalars[kT]); }
+  Pair factor() const { return split_factor(softmax().c); }
   float row_weight(int64_t r) const {
     if (labels && labels[r] == ignore_index) return 0.f;
     return weight ? weight[r] : 1.f;
@@ -63,9 +64,12 @@ const float* scores(const Tensor& x, int64_t r, int64_t inner, int64_t start, in
   return buffer;
 }
 
-void probabilities(const float* x, int64_t n, float ref, float c, float inverse_z, float* p) {
+void probabilities(const float* x, int64_t n, float ref, Pair c, float inverse_z, float* p) {
 #pragma omp simd
-  for (int64_t v = 0; v < n; ++v) p[v] = vexp2_nonpositive((x[v] - ref) * c) * inverse_z;
+  for (int64_t v = 0; v < n; ++v) {
+    const float d = x[v] - ref;
+    p[v] = vexp2_nonpositive(d * c.hi + d * c.lo) * inverse_z;
+  }
 }
 
 Scratch& thread_scratch() {
@@ -80,13 +84,12 @@ struct Side {
   float *e, *top;
 
   void fill(const Job& job, const Tensor& x, int64_t r, float* buffer) {
-    run = {};
-    run.c = job.c();
+    run = job.softmax();
     for (int64_t k = 0, start = 0; start < job.classes; ++k, start += kTile) {
       const int64_t n = std::min(kTile, job.classes - start), m = padded(n);
       const float* tile = scores(x, r, job.inner, start, n, buffer);
       run.raise(largest_of(tile, m));
-      run.z += exponentials_of(tile, m, run.ref, run.c, e + start);
+      run.z += exponentials_of(tile, m, run, e + start);
       top[k] = run.top;
     }
   }
@@ -209,7 +212,8 @@ class ColumnTile {
 
  private:
   void load(int64_t r, float* ps, float* pt) {
-    const float *row = job_.row(r), c = job_.c();
+    const float* row = job_.row(r);
+    const Pair c = job_.factor();
     probabilities(scores(job_.s, r, job_.inner, start_, n_, buffer_), m_, row[kRefS], c,
                   row[kInverseS], ps);
     probabilities(scores(job_.t, r, job_.inner, start_, n_, buffer_), m_, row[kRefT], c,
@@ -350,9 +354,9 @@ void gradients(const Job& job, const float* sums, float upstream, const Tensor& 
           for (int64_t start = 0; start < job.classes; start += kTile) {
             const int64_t n = std::min(kTile, job.classes - start), m = padded(n);
             const float* s = scores(job.s, r, job.inner, start, n, buffer);
-            probabilities(s, m, row[kRefS], job.c(), row[kInverseS], ps + start);
+            probabilities(s, m, row[kRefS], job.factor(), row[kInverseS], ps + start);
             const float* t = scores(job.t, r, job.inner, start, n, buffer);
-            probabilities(t, m, row[kRefT], job.c(), row[kInverseT], pt + start);
+            probabilities(t, m, row[kRefT], job.factor(), row[kInverseT], pt + start);
           }
           const float row_factor = upstream * job.scalars[kBeta] * w / total_weight;
           const float column_factor = sums[kValidRows] > 1.f ? upstream * job.scalars[kGamma] * w /

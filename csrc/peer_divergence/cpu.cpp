@@ -31,7 +31,8 @@ struct Job {
   DType dtype = DType::f32;
   const int64_t* labels;
   const float* weight;
-  float inverse_t, factor;
+  double inverse_t;
+  float factor;
   const float* upstream;  // null: 1
   bool upstream_per_row;
   float* losses;  // (learners, rows); null: not wanted
@@ -97,13 +98,12 @@ class RowKernel {
 
  private:
   void normalise(int64_t i, const void* x, DType dtype) {
-    RunningSoftmax run;
-    run.c = kLog2E * job_.inverse_t;
+    RunningSoftmax run(job_.inverse_t);
     for (int64_t k = 0, start = 0; start < job_.classes; ++k, start += kTile) {
       const int64_t n = std::min(kTile, job_.classes - start), m = padded(n);
       const float* tile = load_tile(advance(x, dtype, start), dtype, n, buffer_);
       run.raise(largest_of(tile, m));
-      run.z += exponentials_of(tile, m, run.ref, run.c, e_ + i * full_ + start);
+      run.z += exponentials_of(tile, m, run, e_ + i * full_ + start);
       top_[i * padded(tiles_) + k] = run.top;
     }
     run_[i] = run;
@@ -121,13 +121,14 @@ class RowKernel {
     for (int64_t i = 0; i < learners; ++i) {
       const float* x = load_tile(advance(rows[i].x, dtype, start), dtype, n, buffer_);
       const float f = run_[i].to_probability(top_[i * padded(tiles_) + k]);
-      const float ref = run_[i].ref, scale = job_.inverse_t,
-                  log_z = static_cast<float>(run_[i].log_z());
+      const float ref = run_[i].ref;
+      const Pair scale = split_factor(job_.inverse_t), log_z = split(run_[i].log_z());
       float *p = e_ + i * full_ + start, *a = log_p_ + i * kTile;
 #pragma omp simd
       for (int64_t v = 0; v < m; ++v) {
         p[v] *= f;
-        a[v] = (x[v] - ref) * scale - log_z;
+        const float d = x[v] - ref;
+        a[v] = (d * scale.hi - log_z.hi) + (d * scale.lo - log_z.lo);
         total[v] += p[v];
         c[v] = a[v] > c[v] ? a[v] : c[v];
       }
@@ -153,7 +154,8 @@ class RowKernel {
       void* place = advance(rows[i].d, dtype, start);
       float* g = tile_target(place, dtype, n, target_);
       const float* p = e_ + i * full_ + start;
-      const float by = job_.factor * weight * job_.inverse_t * job_.upstream_of(i, r);
+      const float by =
+          static_cast<float>(job_.factor * weight * job_.upstream_of(i, r) * job_.inverse_t);
       const float peers = static_cast<float>(learners);
 #pragma omp simd
       for (int64_t v = 0; v < m; ++v) g[v] = by * (peers * p[v] - total[v]);
@@ -255,7 +257,7 @@ Job make_job(const Tensor (&parts)[N], Tensor labels, Tensor weight, Tensor scal
   job.rows = parts[0].shape[1] * job.inner;
   job.labels = labels.as<int64_t>(), job.weight = weight.as<float>();
   job.ignore_index = ignore_index, job.threads = threads;
-  job.inverse_t = 1.f / scalars.as<float>()[0];
+  job.inverse_t = 1.0 / scalars.as<float>()[0];
   for (int64_t r = 0; job.labels && r < job.rows; ++r) {
     const int64_t y = job.labels[r];
     if (y != ignore_index && (y < 0 || y >= job.classes))

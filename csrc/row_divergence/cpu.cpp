@@ -10,12 +10,14 @@
 #include "common/convert.h"
 #include "common/parallel.h"
 #include "common/registry.h"
+#include "common/softmax.h"
 #include "row_divergence/math.h"
 
 namespace KDK_NAMESPACE {
 namespace {
 
 constexpr int64_t kTile = 1024;
+constexpr int64_t kBlock = 256;       // classes whose sums are kept in float; above that, double
 constexpr int64_t kColumnLanes = 16;  // rows moved together where the class axis is strided
 
 // The arguments that do not change from row to row.
@@ -34,8 +36,8 @@ struct Job {
   int64_t threads;
 
   bool logits() const { return inputs == 0; }  // kLogits
-  float inverse_ts() const { return logits() ? 1.f / scalars[kTs] : 1.f; }
-  float inverse_tt() const { return logits() ? 1.f / scalars[kTt] : 1.f; }
+  double inverse_ts() const { return logits() ? 1.0 / scalars[kTs] : 1.0; }
+  double inverse_tt() const { return logits() ? 1.0 / scalars[kTt] : 1.0; }
   float row_weight(int64_t r) const {
     if (labels && labels[r] == ignore_index) return 0.f;
     return weight ? weight[r] : 1.f;
@@ -64,68 +66,31 @@ struct Scores {
   }
 };
 
-// A log-sum-exp under way: z = sum of 2^((x - ref) c), c = log2(e) / T, where ref is the largest
-// score so far (0 while all are -inf). The difference is taken before the scaling, so that a
-// constant added to a row changes nothing.
-struct Running {
-  float c = kLog2E;
-  float top = -INFINITY, ref = 0.f;
-  double z = 0.0;
-
-  // Makes room for a tile whose largest score is `t`; returns what earlier sums are multiplied by.
-  float raise(float t) {
-    if (!(t > top)) return 1.f;
-    const float factor = top == -INFINITY ? 0.f : std::exp2((ref - t) * c);
-    top = ref = t;
-    z *= factor;
-    return factor;
-  }
-  // What turns exponentials relative to an earlier top into probabilities.
-  float to_probability(float earlier_top) const {
-    if (earlier_top == top) return static_cast<float>(1.0 / z);
-    return earlier_top == -INFINITY ? 0.f
-                                    : static_cast<float>(std::exp2((earlier_top - ref) * c) / z);
-  }
-  double log_z() const { return std::log(z); }
-};
-
-float largest(const float* x, int64_t n) {
-  float m = -INFINITY;
-#pragma omp simd reduction(max : m)
-  for (int64_t i = 0; i < n; ++i) m = x[i] > m ? x[i] : m;
-  return m;
-}
-
-float exponentials(const float* x, int64_t n, const Running& run, float* e) {
-  const float ref = run.ref, c = run.c;
-  float z = 0.f;
-#pragma omp simd reduction(+ : z)
-  for (int64_t i = 0; i < n; ++i) {
-    e[i] = vexp2_nonpositive((x[i] - ref) * c);
-    z += e[i];
-  }
-  return z;
-}
-
 // Both models' exponentials, and sum e_p (log2 e_p - log2 e_q) for KL(p, q).
 struct TileSums {
-  float zp, zq, cross;
+  double zp, zq, cross;
 };
-TileSums kl_tile(const float* p, const float* q, int64_t n, const Running& run_p,
-                 const Running& run_q, float* ep, float* eq) {
-  const float ref_p = run_p.ref, ref_q = run_q.ref, cp = run_p.c, cq = run_q.c;
-  float zp = 0.f, zq = 0.f, cross = 0.f;
+TileSums kl_tile(const float* p, const float* q, int64_t n, const RunningSoftmax& run_p,
+                 const RunningSoftmax& run_q, float* ep, float* eq) {
+  const float ref_p = run_p.ref, ref_q = run_q.ref;
+  const Pair cp = split_factor(run_p.c), cq = split_factor(run_q.c);
+  TileSums sums{0.0, 0.0, 0.0};
+  for_blocks(n, [&](int64_t begin, int64_t end) {
+    float zp = 0.f, zq = 0.f, cross = 0.f;
 #pragma omp simd reduction(+ : zp, zq, cross)
-  for (int64_t i = 0; i < n; ++i) {
-    const float yp = (p[i] - ref_p) * cp, yq = (q[i] - ref_q) * cq;
-    const float a = vexp2_nonpositive(yp), b = vexp2_nonpositive(yq);
-    ep[i] = a;
-    eq[i] = b;
-    zp += a;
-    zq += b;
-    cross += a > 0.f ? a * (yp - yq) : 0.f;
-  }
-  return {zp, zq, cross};
+    for (int64_t i = begin; i < end; ++i) {
+      const float dp = p[i] - ref_p, dq = q[i] - ref_q;
+      const float yp = dp * cp.hi + dp * cp.lo, yq = dq * cq.hi + dq * cq.lo;
+      const float a = vexp2_nonpositive(yp), b = vexp2_nonpositive(yq);
+      ep[i] = a;
+      eq[i] = b;
+      zp += a;
+      zq += b;
+      cross += a > 0.f ? a * (yp - yq) : 0.f;
+    }
+    sums.zp += zp, sums.zq += zq, sums.cross += cross;
+  });
+  return sums;
 }
 
 template <typename Body>
@@ -136,13 +101,13 @@ void for_tiles(int64_t classes, const Body& body) {
 
 // The kinds other than KL, one tile: values and derivatives from log-probabilities.
 struct TermSums {
-  float f, g_s, g_t;
+  double f, g_s, g_t;
 };
 
 struct TermTile {
-  const float *s, *t;                // scores
-  float scale_s, scale_t;            // a = (s - ref_s) * scale_s - log_s
-  float ref_s, ref_t, log_s, log_t;  //
+  const float *s, *t;                   // scores
+  Pair scale_s, scale_t, log_s, log_t;  // a = (s - ref_s) * scale_s - log_s
+  float ref_s, ref_t;
   float norm_s, norm_t;  // logits: what makes the exponentials in ps and pt probabilities
   float p0, p1;
   float *ps, *pt, *g_s, *g_t;  // out
@@ -151,18 +116,20 @@ struct TermTile {
 enum InputKind : int { kLogits = 0, kLogProbs = 1, kLogProbsAndProbs = 2 };
 
 template <int kKind, int kInputs>
-TermSums terms_tile(const TermTile& x, int64_t n) {
+TermSums terms_block(const TermTile& x, int64_t begin, int64_t end) {
   const float *s = x.s, *t = x.t;
-  const float scale_s = x.scale_s, scale_t = x.scale_t, ref_s = x.ref_s, ref_t = x.ref_t;
-  const float log_s = x.log_s, log_t = x.log_t, norm_s = x.norm_s, norm_t = x.norm_t, p0 = x.p0,
+  const Pair scale_s = x.scale_s, scale_t = x.scale_t, log_s = x.log_s, log_t = x.log_t;
+  const float ref_s = x.ref_s, ref_t = x.ref_t, norm_s = x.norm_s, norm_t = x.norm_t, p0 = x.p0,
               p1 = x.p1;
   float *ps = x.ps, *pt = x.pt, *g_s = x.g_s, *g_t = x.g_t;
   float f = 0.f, sum_s = 0.f, sum_t = 0.f;
 #pragma omp simd reduction(+ : f, sum_s, sum_t)
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = begin; i < end; ++i) {
     float a, b, p, q;
     if constexpr (kInputs == kLogits) {
-      a = (s[i] - ref_s) * scale_s - log_s, b = (t[i] - ref_t) * scale_t - log_t;
+      const float d_s = s[i] - ref_s, d_t = t[i] - ref_t;
+      a = (d_s * scale_s.hi - log_s.hi) + (d_s * scale_s.lo - log_s.lo);
+      b = (d_t * scale_t.hi - log_t.hi) + (d_t * scale_t.lo - log_t.lo);
       p = ps[i] * norm_s, q = pt[i] * norm_t;
     } else {
       a = s[i], p = vexp(a);
@@ -190,11 +157,16 @@ TermSums terms_tile(const TermTile& x, int64_t n) {
 template <int... kKind>
 TermSums dispatch_terms(int kind, int inputs, const TermTile& x, int64_t n,
                         std::integer_sequence<int, kKind...>) {
-  using Tile = TermSums (*)(const TermTile&, int64_t);
-  static constexpr Tile table[][kKinds] = {{terms_tile<kKind, kLogits>...},
-                                           {terms_tile<kKind, kLogProbs>...},
-                                           {terms_tile<kKind, kLogProbsAndProbs>...}};
-  return table[inputs][kind](x, n);
+  using Block = TermSums (*)(const TermTile&, int64_t, int64_t);
+  static constexpr Block table[][kKinds] = {{terms_block<kKind, kLogits>...},
+                                            {terms_block<kKind, kLogProbs>...},
+                                            {terms_block<kKind, kLogProbsAndProbs>...}};
+  TermSums sums{0.0, 0.0, 0.0};
+  for_blocks(n, [&](int64_t begin, int64_t end) {
+    const TermSums block = table[inputs][kind](x, begin, end);
+    sums.f += block.f, sums.g_s += block.g_s, sums.g_t += block.g_t;
+  });
+  return sums;
 }
 
 TermSums terms_of(int kind, int inputs, const TermTile& x, int64_t n) {
@@ -230,7 +202,7 @@ class RowKernel {
     for (float*& b : buffer_) b = take(kTile);
     student_ = {student, job.inverse_ts(), take(full), take(tiles)};
     teacher_ = {teacher, job.inverse_tt(), take(full), take(tiles)};
-    hard_ = {student, 1.f, student_.e, student_.top};
+    hard_ = {student, 1.0, student_.e, student_.top};
     // At temperature 1 the KL kinds leave the exponentials as the hard-label term wants them.
     if (job.hard && !(fused() && job.scalars[kTs] == 1.f))
       hard_.e = take(full), hard_.top = take(tiles);
@@ -278,8 +250,8 @@ class RowKernel {
         kl_gradients(teacher_, student_, shift);
     }
     if (learn_temperature_) {
-      by_temperature[0] = static_cast<float>(-student_.dot) * student_.scale;
-      by_temperature[1] = static_cast<float>(-teacher_.dot) * teacher_.scale;
+      by_temperature[0] = static_cast<float>(-student_.dot * student_.scale);
+      by_temperature[1] = static_cast<float>(-teacher_.dot * teacher_.scale);
     }
     float loss = kd_ * stats[kDiv];
     if (job_.hard) loss += ce_ * static_cast<float>(hard);
@@ -290,17 +262,15 @@ class RowKernel {
   static constexpr int kBuffers = 5;
 
   struct Side : Scores {
-    float scale = 1.f;   // one over the temperature
+    double scale = 1.0;  // one over the temperature
     float* e = nullptr;  // exponentials of the whole row, each tile relative to the top it had seen
     float* top = nullptr;  // those tops
-    Running run;
+    RunningSoftmax run;
     double dot = 0.0;  // of the scores with the divergence's gradient
 
     Side() = default;
-    Side(const Scores& scores, float scale_, float* e_, float* top_)
-        : Scores(scores), scale(scale_), e(e_), top(top_) {
-      run.c = kLog2E * scale;
-    }
+    Side(const Scores& scores, double scale_, float* e_, float* top_)
+        : Scores(scores), scale(scale_), e(e_), top(top_), run(scale_) {}
   };
 
   bool fused() const {
@@ -328,8 +298,8 @@ class RowKernel {
     for_tiles(job_.classes, [&](int64_t k, int64_t start, int64_t n) {
       const float* tile = x.tile(start, n, buffer_[0]);
       const int64_t m = padded(n);
-      x.run.raise(largest(tile, m));
-      x.run.z += exponentials(tile, m, x.run, x.e + start);
+      x.run.raise(largest_of(tile, m));
+      x.run.z += exponentials_of(tile, m, x.run, x.e + start);
       x.top[k] = x.run.top;
     });
   }
@@ -342,8 +312,8 @@ class RowKernel {
       const float *xp = scores(p, start, n, buffer_[0]), *xq = scores(q, start, n, buffer_[1]);
       const int64_t m = padded(n);
       const double ref_p = p.run.ref, ref_q = q.run.ref, z = p.run.z;
-      const float factor = p.run.raise(largest(xp, m));
-      q.run.raise(largest(xq, m));
+      const float factor = p.run.raise(largest_of(xp, m));
+      q.run.raise(largest_of(xq, m));
       // The sum so far was relative to the old refs. Mass that is none by now contributes none,
       // even where it stood against an infinity.
       if (factor == 0.f)
@@ -382,12 +352,12 @@ class RowKernel {
         !decoupled() || p.run.z > 0.0;  // p has mass on another class than the label's
     const float alpha = decoupled() ? job_.scalars[kP0] : 0.f;
     const float beta = !decoupled() ? 1.f : rest ? job_.scalars[kP1] : 0.f;
-    const float cp = kd_ * p.scale * beta, cq = kd_ * q.scale * beta,
+    const float per_p = static_cast<float>(kd_ * p.scale),
+                per_q = static_cast<float>(kd_ * q.scale), cp = per_p * beta, cq = per_q * beta,
                 offset = static_cast<float>(shift);
     // What a decoupled KL takes off every other class, in parts of its probability, and gives the
     // label.
-    const float label_q = kd_ * q.scale * alpha * binary_.by_s,
-                label_p = kd_ * p.scale * alpha * binary_.by_t;
+    const float label_q = per_q * alpha * binary_.by_s, label_p = per_p * alpha * binary_.by_t;
     for_tiles(job_.classes, [&](int64_t k, int64_t start, int64_t n) {
       const int64_t m = padded(n);
       const float fp = rest ? p.run.to_probability(p.top[k]) : 0.f;
@@ -404,11 +374,12 @@ class RowKernel {
       if (p.d || learn_temperature_) {
         const float *xp = p.tile(start, n, buffer_[0]), *xq = q.tile(start, n, buffer_[1]);
         float* g = p.gradient_tile(start, n, buffer_[3]);
-        const float ref_p = p.run.ref, ref_q = q.run.ref, sp = p.scale, sq = q.scale, wp = cp * fp,
-                    wl = label_p * fp;
+        const Pair sp = split_factor(p.scale), sq = split_factor(q.scale);
+        const float ref_p = p.run.ref, ref_q = q.run.ref, wp = cp * fp, wl = label_p * fp;
 #pragma omp simd
         for (int64_t i = 0; i < m; ++i) {
-          const float difference = (xp[i] - ref_p) * sp - (xq[i] - ref_q) * sq + offset;
+          const float dp = xp[i] - ref_p, dq = xq[i] - ref_q;
+          const float difference = (dp * sp.hi - dq * sq.hi) + (dp * sp.lo - dq * sq.lo) + offset;
           g[i] = ep[i] > 0.f ? (wp * difference - wl) * ep[i] : 0.f;
         }
         if (decoupled()) set_label(start, n, g, label_p);
@@ -420,17 +391,17 @@ class RowKernel {
   // Sweep two: values and derivatives, with probabilities in the place of the exponentials.
   void term_sums(float* stats) {
     double f = 0.0, g_s = 0.0, g_t = 0.0;
-    const float log_s = job_.logits() ? static_cast<float>(student_.run.log_z()) : 0.f;
-    const float log_t = job_.logits() ? static_cast<float>(teacher_.run.log_z()) : 0.f;
+    const Pair log_s = split(job_.logits() ? student_.run.log_z() : 0.0);
+    const Pair log_t = split(job_.logits() ? teacher_.run.log_z() : 0.0);
     for_tiles(job_.classes, [&](int64_t k, int64_t start, int64_t n) {
       const TermTile x{student_.tile(start, n, buffer_[0]),
                        teacher_.tile(start, n, buffer_[1]),
-                       student_.scale,
-                       teacher_.scale,
-                       student_.run.ref,
-                       teacher_.run.ref,
+                       split_factor(student_.scale),
+                       split_factor(teacher_.scale),
                        log_s,
                        log_t,
+                       student_.run.ref,
+                       teacher_.run.ref,
                        job_.logits() ? student_.run.to_probability(student_.top[k]) : 1.f,
                        job_.logits() ? teacher_.run.to_probability(teacher_.top[k]) : 1.f,
                        job_.scalars[kP0],
@@ -450,7 +421,8 @@ class RowKernel {
   }
 
   void term_gradients(const float* stats) {
-    const float cs = kd_ * student_.scale, ct = kd_ * teacher_.scale;
+    const float cs = static_cast<float>(kd_ * student_.scale),
+                ct = static_cast<float>(kd_ * teacher_.scale);
     for_tiles(job_.classes, [&](int64_t k, int64_t start, int64_t n) {
       const int64_t m = padded(n);
       if (student_.d || learn_temperature_) {

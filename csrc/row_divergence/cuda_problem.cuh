@@ -93,5 +93,4 @@ __device__ inline float row_weight(const Problem& p, int64_t row) {
   return p.weight ? p.weight[row] : 1.f;
 }
 
-
 }  // namespace KDK_NAMESPACE

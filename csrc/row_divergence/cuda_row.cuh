@@ -29,10 +29,10 @@ template <bool kExact>
 struct RowState {
   Side<kExact> s, t, one;
   float divergence, g_s, g_t;
-  float mean;                          // of a KL's difference of exponents, in units of 1
-  float kd_s, kd_t;                    // upstream, weights and 1/T of the divergence's gradient
+  float mean;        // of a KL's difference of exponents, in units of 1
+  float kd_s, kd_t;  // upstream, weights and 1/T of the divergence's gradient
   float ce_label, ce_smoothing, class_weights;  // of the label, of each class weight, their sum
-  int label;                           // -1: none, or not needed
+  int label;                                    // -1: none, or not needed
   // A decoupled KL: the label's entries of its gradients, and the weight of the other classes' KL.
   float label_s, label_t, rest;
 };
@@ -405,9 +405,14 @@ __device__ inline float run_row(const Problem& p, const Setup& q, Io& io, const 
     }
     p.losses[row] = loss;
     const bool sums = active && !p.inputs;
-    const float out[kStats] = {sums ? o.m_s : 0.f, sums ? o.m_t : 0.f, sums ? o.z_s : 0.f,
-                               sums ? o.z_t : 0.f, p.hard ? z_1 : 0.f, r.g_s,
-                               r.g_t,              r.divergence};
+    const float out[kStats] = {sums ? o.m_s : 0.f,
+                               sums ? o.m_t : 0.f,
+                               sums ? o.z_s : 0.f,
+                               sums ? o.z_t : 0.f,
+                               p.hard ? z_1 : 0.f,
+                               r.g_s,
+                               r.g_t,
+                               r.divergence};
 #pragma unroll
     for (int i = 0; i < kStats; i += 4) {
       Vec<float> half;

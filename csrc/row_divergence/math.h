@@ -32,20 +32,11 @@ enum Scalar : int {
   kP0 = 5,
   kP1 = 6
 };
-// A side's log-sum-exp is its largest score `top` and z, the sum relative to that: together they lose
-// nothing, also far from 0. kZ1 is the student's z at temperature 1. A decoupled KL's are of the
-// classes other than the label's (z = 0: there is none), and relative to the label's score too in
-// kZ1; its kGs is the KL among them and kGt the label's binary KL.
-enum Stat : int {
-  kTopS = 0,
-  kTopT = 1,
-  kZs = 2,
-  kZt = 3,
-  kZ1 = 4,
-  kGs = 5,
-  kGt = 6,
-  kDiv = 7
-};
+// A side's log-sum-exp is its largest score `top` and z, the sum relative to that: together they
+// lose nothing, also far from 0. kZ1 is the student's z at temperature 1. A decoupled KL's are of
+// the classes other than the label's (z = 0: there is none), and relative to the label's score too
+// in kZ1; its kGs is the KL among them and kGt the label's binary KL.
+enum Stat : int { kTopS = 0, kTopT = 1, kZs = 2, kZt = 3, kZ1 = 4, kGs = 5, kGt = 6, kDiv = 7 };
 constexpr int kScalars = 8, kStats = 8;
 
 // One class's share of the divergence, and its derivatives by a = log p_s and b = log p_t.

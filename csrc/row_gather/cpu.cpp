@@ -62,8 +62,7 @@ struct RowOutputs {
 void forward_row(const Row& row, float t, int outside, float* buffer, float* e,
                  const RowOutputs& out) {
   const int64_t first = row.first(), k = row.k;
-  RunningSoftmax run;  // of all classes, or of those outside
-  run.c = kLog2E / t;
+  RunningSoftmax run(1.0 / t);  // of all classes, or of those outside
   double sum = 0.0;
   float base = 0.f;
   int64_t unique = 0, j = first;
@@ -86,7 +85,7 @@ void forward_row(const Row& row, float t, int outside, float* buffer, float* e,
       for (int64_t i = from; i < j; ++i) buffer[row.index[i] - start] = -INFINITY;
     }
     run.raise(largest_of(x, m));
-    run.z += exponentials_of(x, m, run.ref, run.c, e);
+    run.z += exponentials_of(x, m, run, e);
   }
   float ref = run.ref;
   double z = run.z, mass_out = 1.0;
@@ -126,12 +125,12 @@ void forward_row(const Row& row, float t, int outside, float* buffer, float* e,
   out.stats[kCountOut] = static_cast<float>(count);
 }
 
-void outside_tile(const float* x, int64_t n, float ref, float c, const GatherCoefficients& f,
+void outside_tile(const float* x, int64_t n, float ref, Pair c, const GatherCoefficients& f,
                   float* out) {
   const float factor = f.outside, constant = f.constant;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const float y = (x[i] - ref) * c;
+    const float d = x[i] - ref, y = d * c.hi + d * c.lo;
     // Above 0 are only classes among the indices, which are replaced.
     out[i] = vexp2_nonpositive(y > 0.f ? 0.f : y) * factor + constant;
   }
@@ -145,7 +144,8 @@ struct Upstream {
 void backward_row(const Row& row, float t, const float* stats, const Upstream& up, float* buffer,
                   float* out, void* d, DType d_type, int64_t d_stride) {
   const int64_t first = row.first(), k = row.k;
-  const float inverse_t = 1.f / t, c = kLog2E / t;
+  const float inverse_t = 1.f / t;
+  const Pair c = split_factor(RunningSoftmax(1.0 / t).c);
   double sum = 0.0;
   for (int64_t i = first; i < k; ++i) sum += up.gathered[i];
   const GatherCoefficients f =
@@ -161,7 +161,7 @@ void backward_row(const Row& row, float t, const float* stats, const Upstream& u
       const int64_t v = row.index[j];
       float own = up.gathered[j++];
       while (j < k && row.index[j] == v) own += up.gathered[j++];
-      const float y = (x[v - start] - stats[kRef]) * c;
+      const float d = x[v - start] - stats[kRef], y = d * c.hi + d * c.lo;
       g[v - start] = vexp2_nonpositive(y) * stats[kInverseZ] * f.inside + own * inverse_t;
     }
     if (d_stride == 1)

@@ -58,10 +58,10 @@ def eager_rkd(student: torch.Tensor, teacher: torch.Tensor, **_: Any) -> torch.T
 
 def _case(
     name: str, function: Any = relational.rkd_angle_loss, make: Any = make_embeddings, eager: Any = None,
-    bench: bool = False, **options: Any,
+    bench: bool = False, shapes: tuple[Shape, ...] = SHAPES, **options: Any,
 ) -> Case:  # fmt: skip
     return Case(
-        name, function, make, options, eager, grads=("student", "teacher"), shapes=SHAPES,
+        name, function, make, options, eager, grads=("student", "teacher"), shapes=shapes,
         bench=BENCH if bench else {}, bench_gpu=BENCH_GPU if bench else {},
         floor_bytes=floor_bytes, bench_dtypes=(torch.float32, torch.bfloat16), headline=bench,
     )  # fmt: skip
@@ -78,7 +78,8 @@ SPEC = Spec(
         _case("rkd_angle-clusters-0.1", make=make_clusters(0.1)),
         _case("rkd_angle-clusters-0.01", make=make_clusters(0.01)),
         _case("rkd_angle-clusters-0.001", make=make_clusters(0.001)),
-        _case("rkd_angle-far", make=make_far),
+        # Wide only: bfloat16 there is a coarse grid, on which few features leave the samples on lines.
+        _case("rkd_angle-far", make=make_far, shapes=((19, 200), (67, 130))),
         _case("rkd", relational.rkd_loss, eager=eager_rkd, bench=True),
         _case("rkd-25-50", relational.rkd_loss, distance_weight=25.0, angle_weight=50.0, squared=True),
     ),
