@@ -22,6 +22,15 @@ from kdkernels.losses.divergences import (
     symmetric_kl_div,
     total_variation,
 )
+from kdkernels.losses.features import (
+    Adapter,
+    AttentionTransferLoss,
+    ChannelAttentionTransferLoss,
+    HintLoss,
+    attention_transfer_loss,
+    channel_attention_transfer_loss,
+    hint_loss,
+)
 from kdkernels.losses.graphs import (
     GlobalStructureLoss,
     InstanceRelationGraphLoss,
@@ -69,9 +78,12 @@ from kdkernels.losses.structured import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adapter",
     "AlphaBetaDivLoss",
+    "AttentionTransferLoss",
     "AuxiliaryHeadsLoss",
     "BackendError",
+    "ChannelAttentionTransferLoss",
     "ChannelWiseDivLoss",
     "DISTLoss",
     "DecoupledKDLoss",
@@ -79,6 +91,7 @@ __all__ = [
     "GeneralizedJSDivLoss",
     "GlobalStructureLoss",
     "HardDarkRankLoss",
+    "HintLoss",
     "InstanceRelationGraphLoss",
     "JSDivLoss",
     "KLDivLoss",
@@ -102,7 +115,9 @@ __all__ = [
     "TotalVariationLoss",
     "ULDLoss",
     "alpha_beta_div",
+    "attention_transfer_loss",
     "auxiliary_heads_loss",
+    "channel_attention_transfer_loss",
     "channel_wise_div",
     "decoupled_kd_loss",
     "dist_loss",
@@ -110,6 +125,7 @@ __all__ = [
     "generalized_js_div",
     "global_structure_loss",
     "hard_dark_rank_loss",
+    "hint_loss",
     "instance_relation_graph_loss",
     "js_div",
     "kl_div",

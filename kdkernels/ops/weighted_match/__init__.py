@@ -1,0 +1,1 @@
+"""Weighted differences of two feature maps, sums over their pixels and channels, and the gradients."""
