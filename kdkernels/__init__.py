@@ -33,8 +33,10 @@ from kdkernels.losses.features import (
 )
 from kdkernels.losses.graphs import (
     GlobalStructureLoss,
+    GraphStructureLoss,
     InstanceRelationGraphLoss,
     global_structure_loss,
+    graph_structure_loss,
     instance_relation_graph_loss,
 )
 from kdkernels.losses.linear import (
@@ -90,6 +92,7 @@ __all__ = [
     "DistillationLoss",
     "GeneralizedJSDivLoss",
     "GlobalStructureLoss",
+    "GraphStructureLoss",
     "HardDarkRankLoss",
     "HintLoss",
     "InstanceRelationGraphLoss",
@@ -124,6 +127,7 @@ __all__ = [
     "distillation_loss",
     "generalized_js_div",
     "global_structure_loss",
+    "graph_structure_loss",
     "hard_dark_rank_loss",
     "hint_loss",
     "instance_relation_graph_loss",

@@ -12,8 +12,10 @@ from kdkernels import backends
 from kdkernels.losses import checks
 from kdkernels.losses.module import LossModule
 from kdkernels.losses.relational import EPS, _embeddings, _normalized, _plain
+from kdkernels.ops.graph_closure import op as closure
 from kdkernels.ops.pairwise_distance import op as pairwise
 from kdkernels.ops.pairwise_distance import reference as pairwise_reference
+from kdkernels.ops.pairwise_distance.reference import smooth_l1
 from kdkernels.ops.scalars import Number
 
 KERNELS = ("linear", "polynomial", "euclidean", "rbf")
@@ -242,6 +244,107 @@ def global_structure_loss(
     return (s - t).pow(2).sum() if reduction == "sum" else _mean_square(s - t)
 
 
+# ------------------------------------------------------------------------------- soft graphs: connectivity and distances
+
+
+def _soft_closures(
+    x: torch.Tensor,
+    threshold: Number,
+    sharpness: Number,
+    hop: Number,
+    temperature: Number,
+    options: tuple,
+    backend: str,
+) -> torch.Tensor:
+    """Soft shortest paths by -log adjacency, and by that plus a length for each edge: (2, N, N)."""
+    similarity = _kernel_matrix(x, backend, *options)
+    to_edge = F.softplus((threshold - similarity) / sharpness)
+    return closure.soft_shortest_paths(torch.stack([to_edge, to_edge + hop]), temperature, backend=backend)
+
+
+def graph_structure_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    *,
+    threshold: Number = 0.5,
+    sharpness: Number = 0.1,
+    temperature: Number = 0.1,
+    hop: Number = 1.0,
+    connectivity_weight: Number = 1.0,
+    path_weight: Number = 1.0,
+    kernel: str = "linear",
+    normalize: bool = True,
+    gamma: float = 0.5,
+    beta: float = 1.0,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """The structure of two soft graphs over the same samples: who reaches whom, and how far it is.
+
+    Samples are vertices, and the soft adjacency of two of them is A_ij = sigmoid((k(x_i, x_j) - threshold) / sharpness).
+    d(l) being the length of the shortest path by edge lengths l, the loss is
+
+        w_c mean_(i != j) (R^s_ij - R^t_ij)^2 + w_p mean_(i != j) smooth-L1(P^s_ij - P^t_ij),
+        R = exp(-d(-log A)),   the best path's product of adjacencies: connectivity,
+        P = d(hop - log A),    edges on the shortest path, absent ones being long.
+
+    As sharpness and temperature go to 0, R becomes whether i and j are connected in the graph of the pairs above the
+    threshold, and P / hop the number of edges between them. d itself is soft: the free energy of a random walk from i
+    to its arrival at j (Kivimaki, Shimbo and Saerens 2014, arXiv:1212.1666), at least the shortest path's length and at
+    most that plus `temperature log N` for each of its edges. It sums over walks, so the order of the samples does not
+    matter, its gradients to lengths are not negative, and different soft graphs have different d.
+    Structural distillation by connectivity and shortest paths is described in the literature without code; this is
+    our definition of it.
+
+    Args:
+        student: embeddings, float16, bfloat16, float32 or float64, (N, D) or (N, ...).
+        teacher: the same N on the same device; dtype and features may differ.
+        threshold: the similarity at which two samples are half adjacent.
+        sharpness: how fast adjacency changes there, positive.
+        temperature: of the soft shortest paths, positive, in units of length.
+        hop: the length of an edge whose adjacency is 1, not negative.
+        connectivity_weight, path_weight: numbers or tensors with one element.
+        kernel: the similarity: "linear" (the cosine, with `normalize`) or "rbf", exp(-gamma |x - y|^2).
+        normalize: L2-normalise the embeddings first.
+        gamma: see kernel.
+        beta: where smooth-L1 turns linear.
+        reduction: "mean" over ordered pairs, or "sum".
+        backend: "auto", "triton", "cpu" or "reference".
+
+    Returns:
+        A float32 scalar (float64 for float64 inputs); 0 for N < 2. Memory and time are O(N^2) and O(N^3).
+
+    Raises:
+        ValueError: a different number of samples, differing devices, no features, sharpness, temperature, gamma or beta
+            not positive, an unknown kernel or reduction.
+        TypeError: embeddings that are not floating point.
+        BackendError: the backend asked for cannot run here.
+    """
+    for name, value in (("sharpness", sharpness), ("temperature", temperature)):
+        checks.number(name, value, low=0, open_low=True)
+    checks.number("hop", hop, low=0)
+    for name, value in (
+        ("threshold", threshold), ("connectivity_weight", connectivity_weight), ("path_weight", path_weight),
+    ):  # fmt: skip
+        checks.number(name, value)
+    checks.choice("kernel", kernel, ("linear", "rbf"))
+    _plain("gamma", gamma, positive=True)
+    _plain("beta", beta, positive=True)
+    checks.choice("reduction", reduction, ("mean", "sum"))
+    student, teacher = _embeddings(student, teacher)
+    backend = backends.resolve("graph_structure_loss", (student, teacher), backend, closure.BACKENDS)
+    options = kernel, normalize, gamma, 1, 0.0, False
+    (r_s, p_s), (r_t, p_t) = (
+        _soft_closures(x, threshold, sharpness, hop, temperature, options, backend) for x in (student, teacher)
+    )
+    # Distances from a vertex to itself are 0 in both.
+    connectivity = (torch.exp(-r_s) - torch.exp(-r_t)).pow(2).sum()
+    paths = smooth_l1(p_s - p_t, beta).sum()
+    total = connectivity_weight * connectivity + path_weight * paths
+    n = student.shape[0]
+    return total if reduction == "sum" else total / max(n * (n - 1), 1)
+
+
 class InstanceRelationGraphLoss(LossModule):
     """`instance_relation_graph_loss` as a module: InstanceRelationGraphLoss()(student_layers, teacher_layers)."""
 
@@ -252,3 +355,9 @@ class GlobalStructureLoss(LossModule):
     """`global_structure_loss` as a module: GlobalStructureLoss(kernel="rbf")(student, teacher)."""
 
     function = staticmethod(global_structure_loss)
+
+
+class GraphStructureLoss(LossModule):
+    """`graph_structure_loss` as a module: GraphStructureLoss(threshold=0.3)(student, teacher)."""
+
+    function = staticmethod(graph_structure_loss)

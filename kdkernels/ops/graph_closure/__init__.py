@@ -1,0 +1,1 @@
+"""Soft shortest paths between all pairs of vertices: README.md has the mathematics."""
