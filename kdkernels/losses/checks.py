@@ -145,3 +145,23 @@ def per_class(name: str, x: torch.Tensor | None, classes: int, device: torch.dev
     if x.requires_grad:
         raise ValueError(f"{name} gets no gradient here: pass {name}.detach()")
     return x
+
+
+def maps(name: str, x: torch.Tensor) -> torch.Tensor:
+    """Feature maps as (N, C, L), L their positions."""
+    float_tensor(name, x)
+    if x.dim() < 3:
+        raise ValueError(f"{name} must be feature maps, (N, C, H, W) or (N, C, ...); got shape {tuple(x.shape)}")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{name} must have at least one channel and one position, got shape {tuple(x.shape)}")
+    return x.flatten(2)
+
+
+def same_device(**tensors: torch.Tensor) -> None:
+    """All on the first one's device."""
+    (first, x), *others = tensors.items()
+    for name, y in others:
+        if y.device != x.device:
+            raise ValueError(
+                f"{first} and {name} must be on one device: {first} is on {x.device}, {name} on {y.device}"
+            )

@@ -1,0 +1,183 @@
+// Products of small and skinny matrices on a CPU: panels of 32 rows packed with their rows side by
+// side, blocks of them in vector registers. What is added up in which order depends on the shapes
+// alone, so the number of threads changes no bit, and no setting of torch's reaches it.
+#pragma once
+#include <utility>
+
+#include "common/convert.h"
+#include "common/lanes.h"
+#include "common/parallel.h"
+
+namespace KDK_NAMESPACE {
+
+constexpr int64_t kPanel = 32;
+constexpr int64_t kBlockRows = kRegisters == 32 ? 8 : 4;  // of a block in registers
+constexpr int64_t kBlockColumns = 2 * kFloats;            // and its columns
+constexpr int64_t kStrip = 8;                             // rows of a unit of work
+constexpr int64_t kDepth = 128;  // products summed in registers before they go to memory
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline float greatest(float a, float b) { return a > b ? a : b; }
+inline int64_t up_to(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+// A matrix of any dtype and strides.
+struct Matrix {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t rows = 0, columns = 0;
+  int64_t row = 0, column = 0;  // strides
+
+  explicit operator bool() const { return data != nullptr; }
+  void* at(int64_t r, int64_t c) const { return advance(data, dtype, r * row + c * column); }
+  Matrix transposed() const { return {data, dtype, columns, rows, column, row}; }
+};
+
+template <int kStep, size_t... kLane>
+KDK_INLINE void exchange(Floats& a, Floats& b, std::index_sequence<kLane...>) {
+  const Floats x = a, y = b;
+#if defined(__clang__)
+  a = __builtin_shufflevector(x, y, ((kLane & kStep) ? kLane - kStep + kFloats : kLane)...);
+  b = __builtin_shufflevector(x, y, ((kLane & kStep) ? kLane + kFloats : kLane + kStep)...);
+#else
+  typedef int32_t Ints __attribute__((vector_size(KDK_VECTOR_BYTES)));
+  a = __builtin_shuffle(x, y, Ints{((kLane & kStep) ? kLane - kStep + kFloats : kLane)...});
+  b = __builtin_shuffle(x, y, Ints{((kLane & kStep) ? kLane + kFloats : kLane + kStep)...});
+#endif
+}
+template <int kStep>
+KDK_INLINE void transpose_steps(Floats (&v)[kFloats]) {
+  for (int i = 0; i < kFloats; ++i)
+    if (!(i & kStep)) exchange<kStep>(v[i], v[i + kStep], std::make_index_sequence<kFloats>{});
+  if constexpr (kStep > 1) transpose_steps<kStep / 2>(v);
+}
+// A square block of as many rows as a vector has lanes.
+KDK_INLINE void transpose_block(const float* in, int64_t in_row, float* out, int64_t out_row) {
+  Floats v[kFloats];
+  for (int i = 0; i < kFloats; ++i) v[i] = load(in + i * in_row);
+  transpose_steps<kFloats / 2>(v);
+  for (int i = 0; i < kFloats; ++i) store(out + i * out_row, v[i]);
+}
+
+// n consecutive elements as floats.
+inline void to_floats(const void* p, DType t, int64_t n, float* out) {
+  if (t == DType::f32) {
+    memcpy(out, p, static_cast<size_t>(n) * 4);
+    return;
+  }
+  const uint16_t* h = static_cast<const uint16_t*>(p);
+  if (t == DType::bf16) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = bf16_to_float(h[i]);
+    return;
+  }
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(out + i,
+                     _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(h + i))));
+#endif
+  for (; i < n; ++i) out[i] = half_to_float(h[i]);
+}
+
+// out[k * kPanel + r] = x[first + r][begin + k], zero where there is no such row. `out` has room
+// for a whole number of vectors' columns; `buffer` for kPanel * kDepth floats.
+KDK_ONE_COPY inline void pack(const Matrix& x, int64_t first, int64_t begin, int64_t count,
+                              float* out, float* buffer) {
+  const int64_t rows = least(kPanel, x.rows - first);
+  if (x.row == 1 || rows == 1) {
+    for (int64_t k = 0; k < count; ++k) {
+      to_floats(x.at(first, begin + k), x.dtype, rows, out + k * kPanel);
+      for (int64_t r = rows; r < kPanel; ++r) out[k * kPanel + r] = 0.f;
+    }
+    return;
+  }
+  for (int64_t k0 = 0; k0 < count; k0 += kDepth) {
+    const int64_t n = least(kDepth, count - k0), full = up_to(n, kFloats);
+    const bool in_place = x.dtype == DType::f32 && x.column == 1 && n == full && rows == kPanel;
+    if (!in_place) {
+      for (int64_t r = 0; r < kPanel; ++r) {
+        float* row = buffer + r * kDepth;
+        const int64_t used = r < rows ? n : 0;
+        if (used && x.column == 1) {
+          to_floats(x.at(first + r, begin + k0), x.dtype, used, row);
+        } else if (used) {
+          const void* from = x.at(first + r, begin + k0);
+          for (int64_t k = 0; k < used; ++k) row[k] = load_one(from, x.dtype, k * x.column);
+        }
+        for (int64_t k = used; k < full; ++k) row[k] = 0.f;
+      }
+    }
+    const float* from = in_place ? static_cast<const float*>(x.at(first, begin + k0)) : buffer;
+    const int64_t row = in_place ? x.row : kDepth;
+    for (int64_t k = 0; k < full; k += kFloats)
+      for (int64_t r = 0; r < kPanel; r += kFloats)
+        transpose_block(from + r * row + k, row, out + (k0 + k) * kPanel + r, kPanel);
+  }
+}
+
+// x[first + r][c] = panel[r * kPanel + c] for the panel's columns from `column`.
+KDK_ONE_COPY inline void unpack(const float* panel, int64_t rows, const Matrix& x, int64_t first,
+                                int64_t column) {
+  const int64_t columns = least(kPanel, x.columns - column);
+  if (x.column == 1) {
+    for (int64_t r = 0; r < rows; ++r)
+      store_tile(x.at(first + r, column), x.dtype, columns, panel + r * kPanel);
+    return;
+  }
+  float line[kPanel];
+  for (int64_t r0 = 0; r0 < rows; r0 += kPanel) {
+    const int64_t n = least(kPanel, rows - r0);
+    for (int64_t c = 0; c < columns; ++c) {
+      for (int64_t r = 0; r < n; ++r) line[r] = panel[(r0 + r) * kPanel + c];
+      if (x.row == 1) {
+        store_tile(x.at(first + r0, column + c), x.dtype, n, line);
+      } else {
+        void* to = x.at(first + r0, column + c);
+        for (int64_t r = 0; r < n; ++r) store_one(to, x.dtype, r * x.row, line[r]);
+      }
+    }
+  }
+}
+
+// out[r][c] = (kFirst ? 0 : out[r][c]) + sum over k of a[k * a_row + r] * b[k * kPanel + c], for
+// kStrip rows and kPanel columns.
+template <bool kFirst>
+KDK_INLINE void multiply(const float* a, int64_t a_row, const float* b, int64_t depth, float* out,
+                         int64_t out_row) {
+  for (int64_t r0 = 0; r0 < kStrip; r0 += kBlockRows) {
+    for (int64_t c0 = 0; c0 < kPanel; c0 += kBlockColumns) {
+      Floats sums[kBlockRows][2] = {};
+      const float* x = a + r0;
+      const float* y = b + c0;
+      for (int64_t k = 0; k < depth; ++k, x += a_row, y += kPanel) {
+        const Floats y0 = load(y), y1 = load(y + kFloats);
+#pragma GCC unroll 8
+        for (int64_t r = 0; r < kBlockRows; ++r) {
+          const Floats own = broadcast(x[r]);
+          sums[r][0] += own * y0;
+          sums[r][1] += own * y1;
+        }
+      }
+      for (int64_t r = 0; r < kBlockRows; ++r) {
+        float* o = out + (r0 + r) * out_row + c0;
+        store(o, kFirst ? sums[r][0] : load(o) + sums[r][0]);
+        store(o + kFloats, kFirst ? sums[r][1] : load(o + kFloats) + sums[r][1]);
+      }
+    }
+  }
+}
+// The same, with at most kDepth products a sum in registers.
+KDK_ONE_COPY inline void multiply_deep(const float* a, int64_t a_row, const float* b, int64_t depth,
+                                       float* out, int64_t out_row, bool first) {
+  for (int64_t k = 0; k < depth || (first && k == 0); k += kDepth) {
+    const int64_t n = least(kDepth, depth - k);
+    if (first && k == 0)
+      multiply<true>(a, a_row, b, n, out, out_row);
+    else
+      multiply<false>(a + k * a_row, a_row, b + k * kPanel, n, out, out_row);
+  }
+}
+
+}  // namespace KDK_NAMESPACE

@@ -1,0 +1,266 @@
+"""Losses between the similarities of a student's samples to each other and those of a teacher's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kdkernels import backends
+from kdkernels.losses import checks
+from kdkernels.losses.module import LossModule
+from kdkernels.losses.relational import _embeddings, _plain
+from kdkernels.ops.gram_match.kinds import Kind, Normalize
+from kdkernels.ops.gram_match.op import gram_match
+
+REDUCTIONS = ("mean", "sum")
+
+
+def _scale(n: int, reduction: str) -> float:
+    checks.choice("reduction", reduction, REDUCTIONS)
+    return 1.0 / max(n * n, 1) if reduction == "mean" else 1.0
+
+
+def _match(operation: str, student: torch.Tensor, teacher: torch.Tensor, backend: str, **options: Any) -> torch.Tensor:
+    """The match of two batches of samples, (N, D)."""
+    backend = backends.resolve(operation, (student, teacher), backend)
+    return gram_match(student.unsqueeze(0), teacher.unsqueeze(0), **options, backend=backend)
+
+
+def similarity_preserving_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    *,
+    norm: str = "l2",
+    eps: float = 1e-12,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Similarity-preserving distillation: squared differences of the models' row-normalised Gram matrices.
+
+    G = Q Q^T of the flattened features Q (N, D), each of its rows over its length, and sum (G^s - G^t)^2 / N^2: Tung and
+    Mori (2019, arXiv:1907.09682).
+
+    Args:
+        student: features, float16, bfloat16, float32 or float64, (N, D) or (N, ...).
+        teacher: the same N on the same device; dtype and features may differ. Gets a gradient if it requires one.
+        norm: the length of a row, "l2" or "l1".
+        eps: the least length.
+        reduction: "mean" divides by N^2, "sum" by nothing.
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        A float32 scalar (float64 for float64 inputs); 0 for N = 0.
+
+    Raises:
+        ValueError: a different number of samples, differing devices, no features, eps not positive, an unknown norm or
+            reduction.
+        TypeError: features that are not floating point.
+        BackendError: the backend asked for cannot run here.
+
+    Against others: RepDistiller, mdistiller and Zoo code have these defaults. torchdistill passes norm="l1"; its
+    reduction="batchmean" is "mean" here, anything else "sum".
+    """
+    checks.choice("norm", norm, ("l2", "l1"))
+    _plain("eps", eps, positive=True)
+    student, teacher = _embeddings(student, teacher)
+    return _match(
+        "similarity_preserving_loss", student, teacher, backend, kind=Kind.ROWS if norm == "l2" else Kind.ROWS_L1,
+        scale=_scale(student.shape[0], reduction), eps=eps,
+    )  # fmt: skip
+
+
+def cosine_similarity_matrix_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    *,
+    eps: float = 1e-12,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Squared differences between the matrices of cosines of all pairs of samples.
+
+    S_ij = cos(z_i, z_j), and sum (S^s - S^t)^2 / N^2: similarity preservation on the unit sphere.
+
+    Args:
+        student: features, float16, bfloat16, float32 or float64, (N, D) or (N, ...).
+        teacher: the same N on the same device; dtype and features may differ. Gets a gradient if it requires one.
+        eps: the least length of a sample. One of zeros has cosine 0 with all and gets no gradient.
+        reduction: "mean" divides by N^2, "sum" by nothing.
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        A float32 scalar (float64 for float64 inputs); 0 for N = 0.
+
+    Raises:
+        ValueError: a different number of samples, differing devices, no features, eps not positive, an unknown
+            reduction.
+        TypeError: features that are not floating point.
+        BackendError: the backend asked for cannot run here.
+    """
+    _plain("eps", eps, positive=True)
+    student, teacher = _embeddings(student, teacher)
+    return _match(
+        "cosine_similarity_matrix_loss", student, teacher, backend, kind=Kind.LINEAR, normalize=Normalize.CLAMPED,
+        scale=_scale(student.shape[0], reduction), eps=eps,
+    )  # fmt: skip
+
+
+def correlation_congruence_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    *,
+    kernel: str = "gaussian",
+    gamma: float = 0.4,
+    order: int = 2,
+    normalize: bool = True,
+    distance: str = "squared",
+    eps: float = 1e-12,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Correlation congruence: what a kernel makes of all pairs of samples, the same for both models.
+
+    K_ij is one of
+
+    - "gaussian": e^(-2 gamma) sum over p = 0..order of (2 gamma x_i . x_j)^p / p!, the Taylor series of a Gaussian kernel
+      on the unit sphere;
+    - "bilinear": x_i . x_j;
+    - "correlation": Pearson's correlation of x_i and x_j over their features;
+
+    and the loss is sum (K^s_ij - K^t_ij)^2 / N^2: Peng, Jin, Liu, Zhou, Wu, Liu, Zhang and Liu (2019, arXiv:1904.01802).
+    kernel="neighbours" is another loss of that name, which compares consecutive samples only:
+    sum_i sum_d |s_id - t_id| |s_(i+1)d - t_(i+1)d| / (N - 1).
+
+    Args:
+        student: features, float16, bfloat16, float32 or float64, (N, D) or (N, ...).
+        teacher: the same N on the same device; dtype and features may differ (not with "neighbours"). Gets a gradient if
+            it requires one.
+        kernel: "gaussian", "bilinear", "correlation" or "neighbours".
+        gamma: of the Gaussian kernel, positive.
+        order: the last power of its series.
+        normalize: L2-normalise the samples first ("gaussian" and "bilinear"). One of zeros stays so.
+        distance: "squared", or "frobenius" for the root of the sum, without a square.
+        eps: the least length of a sample.
+        reduction: "mean" divides by N^2 ("neighbours": N - 1), "sum" by nothing.
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        A float32 scalar (float64 for float64 inputs); 0 for N = 0.
+
+    Raises:
+        ValueError: a different number of samples, differing devices, no features (or with "neighbours" differing ones),
+            gamma or eps not positive, a negative order, an unknown kernel, distance or reduction.
+        TypeError: features that are not floating point.
+        BackendError: the backend asked for cannot run here.
+
+    Against others: Knowledge-Distillation-Zoo has these defaults. torchdistill passes normalize=False and
+    distance="frobenius", with kernel "gaussian" (its max_p is the order) or "bilinear", and its reduction="batchmean" is
+    "mean" here, anything else "sum". RepDistiller's Correlation is kernel="neighbours".
+    """
+    checks.choice("kernel", kernel, ("gaussian", "bilinear", "correlation", "neighbours"))
+    checks.choice("distance", distance, ("squared", "frobenius"))
+    _plain("gamma", gamma, positive=True)
+    _plain("eps", eps, positive=True)
+    if not isinstance(order, int) or order < 0:
+        raise ValueError(f"order must be a non-negative integer, got {order!r}")
+    student, teacher = _embeddings(student, teacher)
+    scale = _scale(student.shape[0], reduction)
+    if kernel == "neighbours":
+        return _neighbours(student, teacher, reduction)
+    if kernel == "correlation":
+        student, teacher, normalize = _centred(student), _centred(teacher), True
+    options: dict[str, Any] = {
+        "kind": Kind.SERIES if kernel == "gaussian" else Kind.LINEAR,
+        "normalize": Normalize.CLAMPED if normalize else Normalize.NONE,
+        "order": order,
+        "gamma": gamma,
+        "eps": eps,
+    }
+    if distance == "squared":
+        return _match("correlation_congruence_loss", student, teacher, backend, **options, scale=scale)
+    square = _match("correlation_congruence_loss", student, teacher, backend, **options)
+    apart = square > 0
+    return scale * square.where(apart, 1.0).sqrt().where(apart, 0.0)
+
+
+def _centred(x: torch.Tensor) -> torch.Tensor:
+    """Samples less the mean of their features, at least in float32; a constant one is exactly 0."""
+    x = x if x.dtype == torch.float64 else x.float()
+    return (x - x.mean(1, keepdim=True)).where((x != x[:, :1]).any(1, keepdim=True), 0.0)
+
+
+def _neighbours(student: torch.Tensor, teacher: torch.Tensor, reduction: str) -> torch.Tensor:
+    if student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            f"kernel='neighbours' needs as many features of both models: student has {student.shape[1]} and teacher {teacher.shape[1]}"
+        )
+    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    apart = (student.to(dtype) - teacher.to(dtype)).abs()
+    total = (apart[:-1] * apart[1:]).sum()
+    return total / max(apart.shape[0] - 1, 1) if reduction == "mean" else total
+
+
+def pkt_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    *,
+    eps: float = 1e-7,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Probabilistic knowledge transfer: KL between the models' distributions over each sample's neighbours.
+
+    With x the features over (length + eps), p_ij = (x_i . x_j + 1) / 2 over its sum along j, and
+    sum p^t_ij log((p^t_ij + eps) / (p^s_ij + eps)) / N^2: Passalis and Tefas (2018, arXiv:1803.10837).
+
+    Args:
+        student: features, float16, bfloat16, float32 or float64, (N, D) or (N, ...).
+        teacher: the same N on the same device; dtype and features may differ. Gets a gradient if it requires one.
+        eps: added to lengths and probabilities.
+        reduction: "mean" divides by N^2, "sum" by nothing.
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        A float32 scalar (float64 for float64 inputs); 0 for N = 0. A sample of zeros has cosine 0 with all and gets no
+        gradient.
+
+    Raises:
+        ValueError: a different number of samples, differing devices, no features, eps not positive, an unknown
+            reduction.
+        TypeError: features that are not floating point.
+        BackendError: the backend asked for cannot run here.
+
+    Against others: the authors' code, RepDistiller, torchdistill and mdistiller have these defaults (the last two weigh
+    it by 30000); Knowledge-Distillation-Zoo passes eps=1e-6.
+    """
+    _plain("eps", eps, positive=True)
+    student, teacher = _embeddings(student, teacher)
+    return _match(
+        "pkt_loss", student, teacher, backend, kind=Kind.PROBABILITIES, normalize=Normalize.SHIFTED,
+        scale=_scale(student.shape[0], reduction), eps=eps,
+    )  # fmt: skip
+
+
+class SimilarityPreservingLoss(LossModule):
+    """`similarity_preserving_loss` as a module: SimilarityPreservingLoss()(student, teacher)."""
+
+    function = staticmethod(similarity_preserving_loss)
+
+
+class CosineSimilarityMatrixLoss(LossModule):
+    """`cosine_similarity_matrix_loss` as a module: CosineSimilarityMatrixLoss()(student, teacher)."""
+
+    function = staticmethod(cosine_similarity_matrix_loss)
+
+
+class CorrelationCongruenceLoss(LossModule):
+    """`correlation_congruence_loss` as a module: CorrelationCongruenceLoss(gamma=0.4)(student, teacher)."""
+
+    function = staticmethod(correlation_congruence_loss)
+
+
+class PKTLoss(LossModule):
+    """`pkt_loss` as a module: PKTLoss(eps=1e-6)(student, teacher)."""
+
+    function = staticmethod(pkt_loss)

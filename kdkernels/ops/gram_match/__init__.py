@@ -1,0 +1,1 @@
+"""The Gram matrices of two models, and what is between them."""
