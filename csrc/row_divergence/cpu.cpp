@@ -115,6 +115,23 @@ struct TermTile {
 
 enum InputKind : int { kLogits = 0, kLogProbs = 1, kLogProbsAndProbs = 2 };
 
+// Without a choice between two structs, which would be one between addresses: that GCC does not
+// vectorise.
+template <int kKind, int kInputs>
+KDK_HD Terms tile_terms(float a, float b, float p, float q, float p0, float p1,
+                        const AlphaBeta& constants) {
+  // The ends of JSD(beta) were made KLs by make_job.
+  if constexpr (kKind == kJSD) {
+    return with_nan(a, jsd_interior(a, b, p, q, p0));
+  } else if constexpr (kKind == kAlphaBeta) {
+    return with_nan(a, alpha_beta(a, b, constants));
+  } else if constexpr (kKind == kSymmetricKL && kInputs == kLogits) {
+    return behind_softmax(kKind, terms(kKind, a, b, p, q, p0, p1), p, q, p0);
+  } else {
+    return terms(kKind, a, b, p, q, p0, p1);
+  }
+}
+
 template <int kKind, int kInputs>
 TermSums terms_block(const TermTile& x, int64_t begin, int64_t end) {
   const float *s = x.s, *t = x.t;
@@ -122,6 +139,7 @@ TermSums terms_block(const TermTile& x, int64_t begin, int64_t end) {
   const float ref_s = x.ref_s, ref_t = x.ref_t, norm_s = x.norm_s, norm_t = x.norm_t, p0 = x.p0,
               p1 = x.p1;
   float *ps = x.ps, *pt = x.pt, *g_s = x.g_s, *g_t = x.g_t;
+  const AlphaBeta constants = alpha_beta_constants(p0, p1);
   float f = 0.f, sum_s = 0.f, sum_t = 0.f;
 #pragma omp simd reduction(+ : f, sum_s, sum_t)
   for (int64_t i = begin; i < end; ++i) {
@@ -140,9 +158,7 @@ TermSums terms_block(const TermTile& x, int64_t begin, int64_t end) {
         b = vlog(q);
       }
     }
-    // The ends of JSD(beta) were made KLs by make_job.
-    Terms v = kKind == kJSD ? jsd_interior(a, b, p, q, p0) : terms(kKind, a, b, p, q, p0, p1);
-    if constexpr (kInputs == kLogits) v = behind_softmax(kKind, v, p, q, p0);
+    const Terms v = tile_terms<kKind, kInputs>(a, b, p, q, p0, p1, constants);
     ps[i] = p;
     pt[i] = q;
     g_s[i] = v.g_s;

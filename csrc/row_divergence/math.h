@@ -123,16 +123,20 @@ KDK_HD Terms symmetric_kl(float a, float b, float ps, float pt, float w) {
   const Terms x = forward_kl(a, b, ps, pt), y = swapped(forward_kl(b, a, pt, ps));
   const float v = 1.f - w;
   // A side of weight 0 must not bring in its infinities.
-  if (w >= 1.f) return x;
-  if (w <= 0.f) return y;
-  return {w * x.f + v * y.f, w * x.g_s + v * y.g_s, w * x.g_t + v * y.g_t};
+  const float f = w <= 0.f ? y.f : w * x.f + v * y.f;
+  const float g_s = w <= 0.f ? y.g_s : w * x.g_s + v * y.g_s;
+  const float g_t = w <= 0.f ? y.g_t : w * x.g_t + v * y.g_t;
+  return {w >= 1.f ? x.f : f, w >= 1.f ? x.g_s : g_s, w >= 1.f ? x.g_t : g_t};
 }
 
 // A softmax behind the scores ignores multiples of the probabilities in a gradient, and they only
 // round: this takes out those of a symmetric KL.
 KDK_HD Terms behind_softmax(int kind, Terms x, float ps, float pt, float p0) {
-  if (kind != kSymmetricKL) return x;
-  return {x.f, x.g_s - (1.f - p0) * ps, x.g_t - p0 * pt};
+  if (kind == kSymmetricKL) {
+    x.g_s -= (1.f - p0) * ps;
+    x.g_t -= p0 * pt;
+  }
+  return x;
 }
 
 // (e^x - 1) / x.
@@ -161,23 +165,37 @@ KDK_HD float exp_divided_difference(float x, float y, float z) {
   return w > 1.f ? far : vexp(lo) * divided_series<1>(v, w, 1.f, 1.f, 0.5f);
 }
 
-// Cichocki, Cruces and Amari (2011), with P the teacher and Q the student.
-KDK_HD Terms alpha_beta(float a, float b, float alpha, float beta) {
+// What is the same in all classes. On its own, for GCC does not vectorise a loop with a select
+// whose condition does not change in it.
+struct AlphaBeta {
+  float alpha, beta, sum;
+  // A class that one side leaves empty: with alpha, beta > 0 the cross term is gone; beta = 0
+  // leaves the student's own mass and alpha = 0 the teacher's; anything else diverges.
+  float own_s, own_t, edge_s, edge_t;
+};
+KDK_HD AlphaBeta alpha_beta_constants(float alpha, float beta) {
   const float sum = alpha + beta;
+  const bool finite_s = alpha > 0.f && beta >= 0.f, finite_t = beta > 0.f && alpha >= 0.f;
+  return {alpha,
+          beta,
+          sum,
+          finite_s ? 1.f / (alpha * sum) : INFINITY,
+          finite_t ? 1.f / (beta * sum) : INFINITY,
+          finite_s ? 1.f / alpha : 0.f,
+          finite_t ? 1.f / beta : 0.f};
+}
+
+// Cichocki, Cruces and Amari (2011), with P the teacher and Q the student.
+KDK_HD Terms alpha_beta(float a, float b, const AlphaBeta& c) {
+  const float alpha = c.alpha, beta = c.beta, sum = c.sum;
   // Selects of numbers, not of truth values, which GCC does not vectorise. NaN passes them all.
   const float x_or = b == -INFINITY ? 0.f : a, y_or = a == -INFINITY ? 0.f : b;
   const float x = a == -INFINITY ? 0.f : x_or, y = b == -INFINITY ? 0.f : y_or, d = y - x;
   const float f = d * d * exp_divided_difference(sum * x, alpha * y + beta * x, sum * y);
   const float g_s = -vexp(sum * x) * d * phi(alpha * d), g_t = vexp(sum * y) * d * phi(-beta * d);
-  // A class that one side leaves empty: with alpha, beta > 0 the cross term is gone; beta = 0
-  // leaves the student's own mass and alpha = 0 the teacher's; anything else diverges.
-  const bool finite_s = alpha > 0.f && beta >= 0.f, finite_t = beta > 0.f && alpha >= 0.f;
-  const float own_s = finite_s ? 1.f / (alpha * sum) : INFINITY,
-              own_t = finite_t ? 1.f / (beta * sum) : INFINITY;
   const float es = a == -INFINITY ? 0.f : vexp(sum * a), et = b == -INFINITY ? 0.f : vexp(sum * b);
-  const float edge = times(es, own_s) + times(et, own_t);
-  const float edge_s = es * (finite_s ? 1.f / alpha : 0.f),
-              edge_t = et * (finite_t ? 1.f / beta : 0.f);
+  const float edge = times(es, c.own_s) + times(et, c.own_t);
+  const float edge_s = es * c.edge_s, edge_t = et * c.edge_t;
   const Terms ordinary = {b == -INFINITY ? edge : f, b == -INFINITY ? edge_s : g_s,
                           b == -INFINITY ? edge_t : g_t};
   return {a == -INFINITY ? edge : ordinary.f, a == -INFINITY ? edge_s : ordinary.g_s,
@@ -192,18 +210,22 @@ KDK_HD Terms finite_terms(int kind, float a, float b, float ps, float pt, float 
     case kSkewKL: return skew_kl(a, b, ps, pt, p0);
     case kSkewReverseKL: return swapped(skew_kl(b, a, pt, ps, p0));
     case kTotalVariation: return total_variation(ps, pt);
-    case kAlphaBeta: return alpha_beta(a, b, p0, p1);
+    case kAlphaBeta: return alpha_beta(a, b, alpha_beta_constants(p0, p1));
     case kSoftCE: return soft_ce(a, ps, pt, p0, p1);
     default: return symmetric_kl(a, b, ps, pt, p0);
   }
 }
 
-// One class's share. A NaN score is seen even where the other side has no mass: log-probabilities
-// do not pass through a log-sum-exp that would carry it.
-KDK_HD Terms terms(int kind, float a, float b, float ps, float pt, float p0, float p1) {
-  Terms x = finite_terms(kind, a, b, ps, pt, p0, p1);
+// A NaN score is seen even where the other side has no mass: log-probabilities do not pass through
+// a log-sum-exp that would carry it.
+KDK_HD Terms with_nan(float a, Terms x) {
   x.f = a == a ? x.f : a;
   return x;
+}
+
+// One class's share.
+KDK_HD Terms terms(int kind, float a, float b, float ps, float pt, float p0, float p1) {
+  return with_nan(a, finite_terms(kind, a, b, ps, pt, p0, p1));
 }
 
 }  // namespace KDK_NAMESPACE
