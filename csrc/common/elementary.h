@@ -24,7 +24,9 @@ KDK_HD float vexp(float x) {
   return expf(x);
 #endif
 }
+KDK_HD float vexp_nonpositive(float x) { return vexp(x); }
 KDK_HD float vlog(float x) { return logf(x); }
+KDK_HD float vlog_unit(float x) { return logf(x); }
 KDK_HD float vexpm1(float x) { return expm1f(x); }
 
 #else
@@ -64,6 +66,9 @@ KDK_HD float vexp2_nonpositive(float x) {
   return x < -126.f ? 0.f : bits_to_float(static_cast<int32_t>(static_cast<uint32_t>(p) + scale));
 }
 
+// e^x for x <= 0, off by up to x roundings.
+KDK_HD float vexp_nonpositive(float x) { return vexp2_nonpositive(x * kLog2E); }
+
 KDK_HD float vexp(float x) {
   // The clamp keeps the exponent arithmetic in range; NaN passes through both selects.
   float y = x < -88.f ? -88.f : x;
@@ -80,12 +85,10 @@ KDK_HD float vexp(float x) {
   return x > 88.72283f ? INFINITY : low;
 }
 
-KDK_HD float vlog(float x) {
-  // Subnormals are lifted by 2^25 first.
-  const bool small = x < 1.17549435e-38f;
-  const float y = small ? x * 33554432.f : x;
+// log x 2^-lift, of a normal x.
+KDK_HD float log_normal(float x, float lift) {
   // x = 2^k * m with m in [sqrt(1/2), sqrt(2)).
-  const int32_t ix = float_to_bits(y) - 0x3f3504f3;
+  const int32_t ix = float_to_bits(x) - 0x3f3504f3;
   const int32_t k = ix >> 23;
   const float m = bits_to_float((ix & 0x007fffff) + 0x3f3504f3);
   const float f = m - 1.f;
@@ -99,9 +102,18 @@ KDK_HD float vlog(float x) {
   p = p * f + 2.0000714765e-1f;
   p = p * f - 2.4999993993e-1f;
   p = p * f + 3.3333331174e-1f;
-  const float e = static_cast<float>(k) - (small ? 25.f : 0.f);
+  const float e = static_cast<float>(k) - lift;
   const float tail = p * f * z - e * 2.12194440e-4f - 0.5f * z;
-  float out = f + tail + e * 0.693359375f;
+  return f + tail + e * 0.693359375f;
+}
+
+// For 0 <= x <= 1 that is no subnormal.
+KDK_HD float vlog_unit(float x) { return x == 0.f ? -INFINITY : log_normal(x, 0.f); }
+
+KDK_HD float vlog(float x) {
+  // Subnormals are lifted by 2^25 first.
+  const bool small = x < 1.17549435e-38f;
+  float out = log_normal(small ? x * 33554432.f : x, small ? 25.f : 0.f);
   out = x == INFINITY ? x : out;
   out = x == 0.f ? -INFINITY : out;
   return x >= 0.f ? out : x * 0.f / 0.f;  // negative or NaN

@@ -62,8 +62,8 @@ KDK_HD Terms forward_kl(float a, float b, float ps, float pt) {
 // log(w e^a + (1 - w) e^b) - max(a, b), which no underflow of e^a or e^b can spoil. NaN where both
 // are -inf, and then `times` throws it away.
 KDK_HD float log_mix(float a, float b, float w) {
-  const float e = vexp(-fabsf(a - b));
-  return vlog(a > b ? w + (1.f - w) * e : (1.f - w) + w * e);
+  const float e = vexp_nonpositive(-fabsf(a - b));
+  return vlog_unit(a > b ? w + (1.f - w) * e : (1.f - w) + w * e);
 }
 
 // KL of the teacher from a mixture in which it has the given share.
