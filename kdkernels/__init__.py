@@ -63,6 +63,12 @@ from kdkernels.losses.linear import (
 )
 from kdkernels.losses.logits import DistillationLoss, KLDivLoss, distillation_loss, kl_div
 from kdkernels.losses.mutual import MutualKLDivLoss, mutual_kl_div
+from kdkernels.losses.pixels import (
+    CrossImageRelationLoss,
+    PairwiseStructureLoss,
+    cross_image_relation_loss,
+    pairwise_structure_loss,
+)
 from kdkernels.losses.relational import (
     HardDarkRankLoss,
     RKDAngleLoss,
@@ -109,6 +115,7 @@ __all__ = [
     "ChannelWiseDivLoss",
     "CorrelationCongruenceLoss",
     "CosineSimilarityMatrixLoss",
+    "CrossImageRelationLoss",
     "DISTLoss",
     "DecoupledKDLoss",
     "DistillationLoss",
@@ -132,6 +139,7 @@ __all__ = [
     "MutualKLDivLoss",
     "NSTLoss",
     "PKTLoss",
+    "PairwiseStructureLoss",
     "PixelWiseDivLoss",
     "RKDAngleLoss",
     "RKDDistanceLoss",
@@ -152,6 +160,7 @@ __all__ = [
     "channel_wise_div",
     "correlation_congruence_loss",
     "cosine_similarity_matrix_loss",
+    "cross_image_relation_loss",
     "decoupled_kd_loss",
     "dist_loss",
     "distillation_loss",
@@ -174,6 +183,7 @@ __all__ = [
     "lwf_loss",
     "mutual_kl_div",
     "nst_loss",
+    "pairwise_structure_loss",
     "pixel_wise_div",
     "pkt_loss",
     "reverse_kl_div",

@@ -62,7 +62,11 @@ def _edges(x: torch.Tensor, backend: str, squared: bool, detach: bool) -> torch.
 def _moved(name: str, before: torch.Tensor, after: torch.Tensor, squared: bool, detach: bool) -> torch.Tensor:
     """How far each sample moves from one map to the next, in the coarser map and the fewer channels."""
     if before.shape[2:] != after.shape[2:]:
-        before = F.adaptive_avg_pool2d(before, (after.shape[2], after.shape[3]))
+        height, width = after.shape[2:]
+        if before.shape[2] % height == 0 == before.shape[3] % width:  # adaptive pooling's backward adds in any order
+            before = F.avg_pool2d(before, (before.shape[2] // height, before.shape[3] // width))
+        else:
+            before = F.adaptive_avg_pool2d(before, (height, width))
     channels = before.shape[1]
     if after.shape[1] % channels:
         raise ValueError(

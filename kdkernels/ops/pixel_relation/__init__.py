@@ -1,0 +1,1 @@
+"""Relations between the pixels of feature maps: README.md has the mathematics."""
