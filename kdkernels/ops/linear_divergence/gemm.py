@@ -10,78 +10,76 @@ from collections.abc import Iterator
 
 import torch
 
-SLAB_BYTES = 8 << 20
+SLAB_BYTES = 64 << 20
 
 
-def _narrow(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Whether the device multiplies these two as they are, though they are not float32."""
-    return x.is_cuda and x.dtype == y.dtype != torch.float32
+class Products:
+    """The products of one model's hidden states (N, H) and weight (V, H), rows by rows."""
 
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor):
+        self.hidden, self.weight = hidden, weight
+        # Whether the device multiplies the two as they are, though they are not float32.
+        self.narrow = hidden.is_cuda and hidden.dtype == weight.dtype != torch.float32
+        self._slab: torch.Tensor | None = None
 
-def _slabs(weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The rows of a weight as float32, all at once where they already are."""
-    if weight.dtype == torch.float32:
-        yield slice(None), weight
-        return
-    step = max(SLAB_BYTES // (4 * max(weight.shape[1], 1)), 1)
-    for start in range(0, weight.shape[0], step):
-        part = slice(start, start + step)
-        yield part, weight[part].float()
+    def scores(self, rows: slice, out: torch.Tensor) -> None:
+        """out = hidden weight^T."""
+        if self.narrow:
+            torch.mm(self.hidden[rows], self.weight.t(), torch.float32, out=out)
+            return
+        hidden = self.hidden[rows].float()
+        for part, weight in self._wide_weight():
+            torch.mm(hidden, weight.t(), out=out[:, part])
 
+    def operand(self, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A float32 gradient of scores as the two products below take it: itself, or with what undoes its scaling."""
+        if not self.narrow:
+            return gradient, None
+        if self.hidden.dtype != torch.float16:
+            return gradient.to(self.hidden.dtype), None
+        return fitted(gradient)
 
-def scores(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-    """out = hidden weight^T."""
-    if _narrow(hidden, weight):
-        torch.mm(hidden, weight.t(), torch.float32, out=out)
-        return
-    hidden = hidden.float()
-    for part, w in _slabs(weight):
-        torch.mm(hidden, w.t(), out=out[:, part])
+    def by_hidden(self, gradient: torch.Tensor, factor: torch.Tensor | None, out: torch.Tensor) -> None:
+        """out = gradient weight, in float32."""
+        if self.narrow:
+            torch.mm(gradient, self.weight, torch.float32, out=out)
+            if factor is not None:
+                out.mul_(factor)
+            return
+        for i, (part, weight) in enumerate(self._wide_weight()):
+            out.addmm_(gradient[:, part], weight, beta=0 if i == 0 else 1)
 
+    def by_weight(self, rows: slice, gradient: torch.Tensor, factor: torch.Tensor | None, total: torch.Tensor) -> None:
+        """total += gradient^T hidden, in float32; = for the first rows."""
+        hidden, beta = self.hidden[rows], 0 if rows.start == 0 else 1
+        if not self.narrow:
+            total.addmm_(gradient.t(), hidden.float(), beta=beta)
+        elif factor is None:
+            torch.addmm(total, gradient.t(), hidden, torch.float32, beta=beta, out=total)
+        else:
+            torch.add(torch.mm(gradient.t(), hidden, torch.float32).mul_(factor), total if beta else 0.0, out=total)
 
-def operand(
-    gradient: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A float32 gradient as these two will meet it, and what the products are to be multiplied by.
-
-    Float16 has no room for 1/N times a difference of probabilities: it takes the gradient times a power of two that
-    brings its largest element near the top of the range. The device finds it, nobody waits.
-    """
-    if not _narrow(hidden, weight):
-        return gradient, None
-    if hidden.dtype != torch.float16:
-        return gradient.to(hidden.dtype), None
-    return fitted(gradient)
+    def _wide_weight(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The rows of the weight as float32, all at once where they already are."""
+        classes, width = self.weight.shape
+        if self.weight.dtype == torch.float32:
+            yield slice(None), self.weight
+            return
+        step = min(max(SLAB_BYTES // (4 * max(width, 1)), 1), classes)
+        if self._slab is None:  # one memory for all, as fresh pages cost more than what is done with them
+            self._slab = torch.empty(step, width, dtype=torch.float32, device=self.weight.device)
+        for start in range(0, classes, step):
+            part = slice(start, min(start + step, classes))
+            yield part, self._slab[: part.stop - start].copy_(self.weight[part])
 
 
 def fitted(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(float16 gradient times a power of two, one over that power)."""
+    """(float16 gradient times a power of two, one over that power).
+
+    Float16 has no room for 1/N times a difference of probabilities; this brings the largest element near the top of its
+    range. The device finds the power, nobody waits.
+    """
     top = gradient.abs().amax()
     exponent = torch.frexp(top.where(top.isfinite() & (top > 0), 1.0)).exponent.clamp(min=-100)
     scale = torch.ldexp(torch.ones_like(top), 14 - exponent)
     return (gradient * scale).half(), 1 / scale
-
-
-def by_hidden(gradient: torch.Tensor, factor: torch.Tensor | None, weight: torch.Tensor, out: torch.Tensor) -> None:
-    """out = gradient weight, out in float32."""
-    if gradient.dtype != torch.float32:
-        torch.mm(gradient, weight, torch.float32, out=out)
-        if factor is not None:
-            out.mul_(factor)
-        return
-    for i, (part, w) in enumerate(_slabs(weight)):
-        out.addmm_(gradient[:, part], w, beta=0 if i == 0 else 1)
-
-
-def by_weight(
-    gradient: torch.Tensor, factor: torch.Tensor | None, hidden: torch.Tensor, total: torch.Tensor, first: bool
-) -> None:
-    """total += gradient^T hidden, total in float32 (= where it is the first)."""
-    beta = 0 if first else 1
-    if gradient.dtype == torch.float32:
-        total.addmm_(gradient.t(), hidden.float(), beta=beta)
-    elif factor is None:
-        torch.addmm(total, gradient.t(), hidden, torch.float32, beta=beta, out=total)
-    else:
-        part = torch.mm(gradient.t(), hidden, torch.float32).mul_(factor)
-        total.copy_(part) if first else total.add_(part)

@@ -65,6 +65,7 @@ class _Side:
     def __init__(self, head: Head, wants: list[bool]):
         self.head = head
         self.any = any(wants)
+        self.products = gemm.Products(head.hidden, head.weight)
         h, w, b, o = (t if want else None for t, want in zip(head[:4], wants, strict=True))
         f32 = {"dtype": torch.float32, "device": head.hidden.device}
         # What a float16 model gets stays wide until the backward knows its scale.
@@ -77,12 +78,12 @@ class _Side:
 
     def scores(self, rows: slice, out: torch.Tensor) -> None:
         head = self.head
-        hidden, classes = head.hidden[rows], head.weight.shape[0]
-        gemm.scores(hidden, head.weight, out[:, :classes])
+        classes = head.weight.shape[0]
+        self.products.scores(rows, out[:, :classes])
         if head.bias is not None:
             out[:, :classes].add_(head.bias)
         if head.own is not None:
-            out[:, -1] = (hidden.float() * head.own[rows]).sum(-1)
+            out[:, -1] = (head.hidden[rows].float() * head.own[rows]).sum(-1)
         if head.softcap is not None:
             out.mul_(1 / head.softcap if head.scale is None else head.scale / head.softcap).tanh_().mul_(head.softcap)
         elif head.scale is not None:
@@ -100,11 +101,11 @@ class _Side:
         if self.d_bias is not None:
             self.d_bias.add_(of_classes.sum(0))
         if self.d_hidden is not None or self.d_weight is not None:
-            factor_of, back = gemm.operand(of_classes, hidden, head.weight)
+            operand, factor = self.products.operand(of_classes)
         if self.d_hidden is not None:
             wide = self.d_hidden.dtype == torch.float32
             out = self.d_hidden[rows] if wide else torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
-            gemm.by_hidden(factor_of, back, head.weight, out)
+            self.products.by_hidden(operand, factor, out)
             if head.own is not None:
                 out.addcmul_(gradient[:, -1:], head.own[rows].float())
             if not wide:
@@ -112,7 +113,7 @@ class _Side:
         if self.d_own is not None:
             self.d_own[rows] = gradient[:, -1:] * hidden.float()
         if self.d_weight is not None:
-            gemm.by_weight(factor_of, back, hidden, self.d_weight, rows.start == 0)
+            self.products.by_weight(rows, operand, factor, self.d_weight)
 
     def gradients(self) -> tuple[torch.Tensor, ...]:
         head = self.head
