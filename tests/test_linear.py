@@ -263,7 +263,7 @@ def test_float16_gradients_do_not_underflow(target: Target, generator: torch.Gen
     for g, w in zip(got, wanted, strict=True):
         torch.testing.assert_close(g.double(), w, rtol=2**-10, atol=1e-7)
     unscaled = torch.autograd.grad(linear_kl_div(*x, num_items=1e8, backend=target.backend), x[0])[0]
-    assert not unscaled.any()
+    assert unscaled.abs().max() <= 2**-23
 
 
 def test_fitted_factors_keep_small_gradients() -> None:
