@@ -11,11 +11,11 @@ namespace KDK_NAMESPACE {
 
 // Calls body(begin, end) on contiguous shares of [0, n), one a thread. How the range is cut depends
 // on the number of threads: bodies whose results depend on the cut would not be deterministic.
-// `work` is the cost in elements; a thread is worth waking for some four thousand of them.
+// `work` is the cost in elements; a thread is worth waking for some sixteen thousand of them.
 template <typename Body>
 void parallel_for(int64_t n, int64_t work, int64_t threads, const Body& body) {
 #ifdef _OPENMP
-  const int64_t useful = work / 4096 + 1;
+  const int64_t useful = work / 16384 + 1;
   int64_t used = threads < useful ? threads : useful;
   used = used < n ? used : n;
   if (used > 1) {

@@ -21,7 +21,7 @@ inline Pair split(double x) {
 // A positive factor, both of whose parts are positive: -inf times them is -inf twice.
 inline Pair split_factor(double x) {
   float hi = static_cast<float>(x);
-  if (hi > x) hi = std::nextafter(hi, 0.f);
+  if (hi > x) hi = bits_to_float(float_to_bits(hi) - 1);  // the next one towards 0
   return {hi, static_cast<float>(std::max(x - hi, x * 0x1p-40))};
 }
 

@@ -93,10 +93,16 @@ TileSums kl_tile(const float* p, const float* q, int64_t n, const RunningSoftmax
   return sums;
 }
 
+int64_t most_tiles(int64_t classes) { return (classes + kTile - 1) / kTile + 1; }
+
 template <typename Body>
 void for_tiles(int64_t classes, const Body& body) {
-  for (int64_t start = 0, k = 0; start < classes; start += kTile, ++k)
-    body(k, start, std::min(kTile, classes - start));
+  // What fills no vector must be copied; of a longer row only that is, as a tile of its own.
+  const int64_t whole = classes < kBlock ? classes : classes / kLanes * kLanes;
+  int64_t k = 0;
+  for (int64_t start = 0; start < whole; start += kTile)
+    body(k++, start, std::min(kTile, whole - start));
+  if (whole < classes) body(k, whole, classes - whole);
 }
 
 // The kinds other than KL, one tile: values and derivatives from log-probabilities.
@@ -212,7 +218,7 @@ class RowKernel {
  public:
   RowKernel(const Job& job, const Scores& student, const Scores& teacher, int64_t r, float* memory)
       : job_(job), r_(r), weight_(job.row_weight(r)) {
-    const int64_t full = padded(job.classes), tiles = (job.classes + kTile - 1) / kTile;
+    const int64_t full = padded(job.classes), tiles = most_tiles(job.classes);
     float* at = memory;
     auto take = [&](int64_t n) { return at += padded(n), at - padded(n); };
     for (float*& b : buffer_) b = take(kTile);
@@ -226,7 +232,7 @@ class RowKernel {
     g_t_ = take(full);
   }
   static int64_t memory(int64_t classes) {
-    return kBuffers * kTile + 5 * padded(classes) + 3 * padded((classes + kTile - 1) / kTile);
+    return kBuffers * kTile + 5 * padded(classes) + 3 * padded(most_tiles(classes));
   }
 
   // The loss, and the statistics that other backends' backward needs; the gradient, times
@@ -345,7 +351,7 @@ class RowKernel {
       q.top[k] = q.run.top;
     });
     if (p.run.z == 0.0 && decoupled()) return 0.0;  // the label's is the only class
-    const double log_ratio = q.run.log_z() - p.run.log_z(),
+    const double log_ratio = std::log(q.run.z / p.run.z),
                  value = cross / p.run.z * kLn2 + log_ratio;
     stats[kDiv] = static_cast<float>(value);
     return log_ratio - value;
