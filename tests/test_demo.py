@@ -14,7 +14,7 @@ pytest.importorskip("sklearn")
 import torch
 
 from kdkernels import backends, demo
-from kdkernels.demo import classification, data, models
+from kdkernels.demo import classification, data, models, relations
 from kdkernels.demo.classification import ALONE, FUSED, PLAIN, Config
 
 TINY = ("--epochs", "2", "--students", "2", "--teacher-epochs", "1", "--no-large")
@@ -124,12 +124,56 @@ def test_the_backend_asked_for_runs_or_says_why_not(tmp_path):
         (("--plot", "curves.txt"), "must end in"),
         (("--plot", "no/such/folder/curves.png"), "there is no folder"),
         (("--backend", "quick"), "invalid choice"),
+        (("--loss", "rdk"), "choose among kd, rkd"),
+        (("--weight", "-1"), "must be at least 0"),
     ],
 )
 def test_bad_arguments(arguments, message):
     code, _, err = command(*arguments)
     assert code == 2
     assert message in err
+
+
+@pytest.mark.parametrize("loss", relations.RELATIONS)
+def test_relations_train_alike(loss):
+    config = relations.Config(epochs=2, students=1, teacher_epochs=1, device="cpu", loss=loss)
+    bar = Silent()
+    found = relations.run(config, bar)
+    assert bar.steps == config.steps
+    plain, fused = (found.runs[way][0] for way in (relations.PLAIN, relations.FUSED))
+    # Training makes rounding grow: the first step is what the losses answer for.
+    assert abs(plain.losses[0] - fused.losses[0]) < 1e-5 * plain.losses[0]
+    assert found.difference() < 0.01
+    assert len(plain.losses) == len(plain.seconds) == 4
+    assert plain.losses != found.runs[relations.ALONE][0].losses
+    assert abs(plain.accuracy[-1] - fused.accuracy[-1]) < 1
+
+
+def test_relations_help():
+    """A teacher's relations between images without labels are worth some labels."""
+    config = relations.Config(epochs=60, students=2, device="cpu", loss="rkd")
+    found = relations.run(config, Silent())
+    alone, taught = (
+        [*(run.accuracy[-1] for run in found.runs[way]), *found.neighbours[way]]
+        for way in (relations.ALONE, relations.FUSED)
+    )
+    assert sum(taught) > sum(alone)
+
+
+def test_report_and_plot_of_relations(tmp_path):
+    code, out, err = command(*TINY, "--loss", "sp", "--weight", "10", "--plot", str(tmp_path / "curves.png"))
+    assert (code, err) == (0, "")
+    for expected in ("nearest neighbours", "labels + similarity_preserving_loss, kdkernels", "weight 10", "Backend: "):
+        assert expected in out
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nearest_neighbours():
+    gallery = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1], [-1, 0]])
+    labels = torch.tensor([3, 3, 4, 4, 5])
+    queries = torch.tensor([[2.0, 0.1], [0, 5], [-1, 0.1]])
+    # Of five neighbours two are 3 and two are 4: the nearer ones decide.
+    assert relations.neighbours_accuracy(gallery, labels, queries, torch.tensor([3, 4, 4])) == 100
 
 
 def test_the_held_out_images_are_apart():

@@ -1,7 +1,7 @@
 """`kdkernels demo`: trains small students on real data, with plain PyTorch's losses and with these.
 
-data.py, models.py and train.py know nothing of a particular loss; an experiment (classification.py)
-puts them together, and report.py shows what came out.
+data.py, models.py and train.py know nothing of a particular loss; an experiment puts them together and shows what came
+out: classification.py with report.py (labels and a teacher's scores), relations.py (a teacher's relations between images).
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+SCORES = "kd"
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 
 
@@ -40,7 +42,23 @@ def _plot(text: str) -> Path:
     return path
 
 
+def _loss(text: str) -> str:
+    from kdkernels.demo.relations import RELATIONS
+
+    known = (SCORES, *RELATIONS)
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"choose among {', '.join(known)}; got {text}")
+    return text
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--loss", type=_loss, default=SCORES, help="kd: a teacher's scores (default); or its relations between images, in a "
+        "middle layer: rkd, sp, cc, pkt, graph, gram, nst",
+    )  # fmt: skip
+    parser.add_argument(
+        "--weight", type=_number(float, 0), help="of a relational loss beside the labels' (default: its own)"
+    )
     parser.add_argument(
         "--seed", type=_number(int, 0), default=0, help="same seed, same numbers (default: %(default)s)"
     )
@@ -69,20 +87,27 @@ def run(args: argparse.Namespace) -> int:
     """Trains, prints, draws. Returns the exit code: 0, or 2 where the backend asked for cannot run."""
     from kdkernels.backends import BackendError
     from kdkernels.cli.console import progress
-    from kdkernels.demo import classification, report
+    from kdkernels.demo import classification, relations, report
 
-    config = classification.Config(
-        seed=args.seed, epochs=args.epochs, students=args.students, teacher_epochs=args.teacher_epochs,
-        temperature=args.temperature, alpha=args.alpha, backend=args.backend, device=args.device, large=args.large,
-    )  # fmt: skip
+    common = {
+        "seed": args.seed, "epochs": args.epochs, "students": args.students, "teacher_epochs": args.teacher_epochs,
+        "backend": args.backend, "device": args.device,
+    }  # fmt: skip
+    experiment: Any
+    if args.loss == SCORES:
+        experiment, shown = classification, report
+        config = classification.Config(**common, temperature=args.temperature, alpha=args.alpha, large=args.large)
+    else:
+        experiment = shown = relations
+        config = relations.Config(**common, loss=args.loss, weight=args.weight)
     try:
         with progress(config.steps, lines=False) as bar:
-            outcome = classification.run(config, bar)
+            outcome = experiment.run(config, bar)
     except BackendError as error:
         print(f"kdkernels demo: {error}", file=sys.stderr)
         return 2
-    report.show(outcome)
+    shown.show(outcome)
     if args.plot:
-        report.plot(outcome, args.plot)
+        shown.plot(outcome, args.plot)
         print(f"drawn: {args.plot}")
     return 0

@@ -115,7 +115,7 @@ def run(config: Config, bar: Reporter) -> Outcome:
     """Trains a teacher, then every student three ways."""
     device = config.torch_device()
     backend = backends.resolve("distillation_loss", (torch.empty(0, device=device),), config.backend)
-    with torch.backends.cudnn.flags(deterministic=True, benchmark=False), _one_thread():
+    with torch.backends.cudnn.flags(deterministic=True, benchmark=False), one_thread():
         outcome = _train(config, bar, device, backend)
     if config.large:
         bar.step("the loss at a language model's size")
@@ -125,7 +125,7 @@ def run(config: Config, bar: Reporter) -> Outcome:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Models this small only lose by sharing their work, and the numbers do not depend on the machine's cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -135,26 +135,36 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _train(config: Config, bar: Reporter, device: torch.device, backend: str) -> Outcome:
-    digits = data.digits(config.seed, HELD_OUT).to(device)
-    test = digits.test_images, digits.test_labels
-
+def trained_teacher(config: Config, digits: data.Digits, device: torch.device, bar: Reporter) -> torch.nn.Module:
+    """A teacher who saw all labels."""
     bar.step("teacher")
     teacher = models.seeded(models.teacher, config.seed, device)
     order = torch.Generator().manual_seed(config.seed)
     train(
         [Run("teacher", teacher, labels_alone, torch.optim.Adam(teacher.parameters(), 2e-3))],
         digits.images, torch.zeros(len(digits.labels), data.CLASSES, device=device), digits.labels,
-        data.batches(len(digits.labels), TEACHER_BATCH, config.teacher_epochs, order), test, bar.advance,
+        data.batches(len(digits.labels), TEACHER_BATCH, config.teacher_epochs, order),
+        (digits.test_images, digits.test_labels), bar.advance,
     )  # fmt: skip
+    return teacher
+
+
+def described(backend: str) -> str:
+    """A backend's name, with the instruction set where it is the CPU's."""
+    return f"{backend} ({native.cpu_target().removeprefix('cpu.')})" if backend == "cpu" else backend
+
+
+def _train(config: Config, bar: Reporter, device: torch.device, backend: str) -> Outcome:
+    digits = data.digits(config.seed, HELD_OUT).to(device)
+    test = digits.test_images, digits.test_labels
+
+    teacher = trained_teacher(config, digits, device, bar)
     with torch.no_grad():
         teacher_logits = teacher(digits.images)
 
-    target = native.cpu_target().removeprefix("cpu.")
     outcome = Outcome(
         config, device, accuracy(teacher, *test), models.parameters(teacher),
-        (len(digits.labels), IMAGES_PER_CLASS * data.CLASSES, len(digits.test_labels)),
-        f"{backend} ({target})" if backend == "cpu" else backend,
+        (len(digits.labels), IMAGES_PER_CLASS * data.CLASSES, len(digits.test_labels)), described(backend),
     )  # fmt: skip
     losses = {
         ALONE: labels_alone,

@@ -25,6 +25,25 @@ def student(width: int = 16) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.Tanh(), nn.Linear(width, CLASSES))
 
 
+def convolutional_student(width: int = 16) -> nn.Module:
+    """One convolution, whose map has the shape of the teacher's second, and one narrow hidden layer."""
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1, stride=2), nn.ReLU(),
+        nn.Flatten(), nn.Linear(32 * 4 * 4, width), nn.Tanh(), nn.Linear(width, CLASSES),
+    )  # fmt: skip
+
+
+def features(model: nn.Module, place: str, images: torch.Tensor) -> torch.Tensor:
+    """What a sequential model has before its classifier ("embedding"), or after its last ReLU of 4 x 4 pixels ("map")."""
+    layers = list(model)  # type: ignore[call-overload]
+    x = images
+    for layer in layers[:-1]:
+        x = layer(x)
+        if place == "map" and isinstance(layer, nn.ReLU) and x.shape[2:] == (4, 4):
+            return x
+    return x
+
+
 def seeded(make: Callable[[], nn.Module], seed: int, device: torch.device) -> nn.Module:
     """A model whose weights depend on the seed alone; the caller's random numbers stay as they were."""
     with torch.random.fork_rng(devices=[]):

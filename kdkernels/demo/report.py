@@ -13,7 +13,7 @@ from kdkernels.demo.data import CLASSES
 from kdkernels.demo.train import Run
 
 
-def _mean(values: list[float], sign: str = "") -> str:
+def mean(values: list[float], sign: str = "") -> str:
     """Mean and, of several, the standard deviation."""
     if len(values) == 1:
         return f"{values[0]:{sign}.1f}"
@@ -38,7 +38,7 @@ def _steps(runs: list[Run]) -> list[float]:
     return [s for run in runs for s in run.seconds]
 
 
-def _speed(what: str, one: float, other: float) -> tuple[str, ...]:
+def speed(what: str, one: float, other: float) -> tuple[str, ...]:
     return what, _time(one), _time(other), f"{one / other:.2f}x"
 
 
@@ -50,8 +50,8 @@ def show(outcome: Outcome) -> None:
     alone = _final(runs[ALONE])
     for name, group in runs.items():
         gains = [x - y for x, y in zip(_final(group), alone, strict=True)]
-        gain = "" if name == ALONE else _mean(gains, "+")
-        rows.append((f"student, {name}", f"{outcome.student_parameters}", f"{few}", _mean(_final(group)), gain))
+        gain = "" if name == ALONE else mean(gains, "+")
+        rows.append((f"student, {name}", f"{outcome.student_parameters}", f"{few}", mean(_final(group)), gain))
     students = f"mean ± standard deviation of {config.students} students" if config.students > 1 else "one student"
     print_table(
         f"Handwritten digits: accuracy in percent on {held_out} held-out images, {students}",
@@ -62,14 +62,14 @@ def show(outcome: Outcome) -> None:
     threads = f", {torch.get_num_threads()} threads" if outcome.device.type == "cpu" else ""
     one, other = _steps(runs[PLAIN]), _steps(runs[FUSED])
     speeds = [
-        _speed(
+        speed(
             f"a training step, {BATCH} x {CLASSES} (median of {len(one)})",
             statistics.median(one),
             statistics.median(other),
         ),
     ]
     if outcome.large is not None:
-        speeds.append(_speed(f"a language model's size, {LARGE[0]} x {LARGE[1]}{threads}", *outcome.large))
+        speeds.append(speed(f"a language model's size, {LARGE[0]} x {LARGE[1]}{threads}", *outcome.large))
     print_table(
         f"Time in the loss, with its gradient down to the logits, on {outcome.device}"
         + (threads and " (training has 1 thread)"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -35,11 +35,11 @@ class Run:
         logits = self.model(images)
         # The loss alone between two clocks: its graph ends at a leaf that holds the logits.
         leaf = logits.detach().requires_grad_()
-        _wait(leaf)
+        wait(leaf)
         start = time.perf_counter()
         loss = self.loss(leaf, teacher_logits, labels)
         loss.backward()
-        _wait(leaf)
+        wait(leaf)
         self.seconds.append(time.perf_counter() - start)
         self.optimizer.zero_grad(set_to_none=True)
         logits.backward(leaf.grad)
@@ -47,13 +47,13 @@ class Run:
         self.losses.append(loss.item())
 
 
-def _wait(x: torch.Tensor) -> None:
+def wait(x: torch.Tensor) -> None:
     if x.device.type == "cuda":
         torch.cuda.synchronize(x.device)
 
 
 def train(
-    runs: list[Run],
+    runs: Sequence[Run],
     images: torch.Tensor,
     teacher_logits: torch.Tensor,
     labels: torch.Tensor,
@@ -73,13 +73,13 @@ def train(
         indices = indices.to(images.device)
         batch = images[indices], teacher_logits[indices], labels[indices]
         first = step % len(runs)  # who comes first finds the batch cold
-        for run in runs[first:] + runs[:first]:
+        for run in [*runs[first:], *runs[:first]]:
             run.step(*batch)
             advance()
     _record(runs, test)
 
 
-def _record(runs: list[Run], test: tuple[torch.Tensor, torch.Tensor]) -> None:
+def _record(runs: Sequence[Run], test: tuple[torch.Tensor, torch.Tensor]) -> None:
     for run in runs:
         run.accuracy.append(accuracy(run.model, *test))
 
