@@ -15,7 +15,7 @@ import torch
 import toy
 
 from kdkernels import backends
-from kdkernels.bench import accuracy, environment, gate, memory, peers, readme, results, runner, select, timing
+from kdkernels.bench import accuracy, environment, gate, memory, peers, readme, results, runner, scaling, select, timing
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,6 +190,28 @@ def test_plot(everywhere, tmp_path):
     pytest.importorskip("matplotlib")
     (path,) = results.write(tmp_path, _content(tmp_path), ("png",))
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_scaling_goes_on_until_a_contender_would_fail(everywhere, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    spec = toy.spec()
+    chosen = [(spec, spec.cases[0])]
+    records = list(scaling.run(chosen, CPU, None, 300, lambda what: None))
+    assert [r["n"] for r in records] == [64, 128, 256] * 2
+    assert {r["contender"] for r in records} == {"kdkernels[cpu]", "eager"}
+    assert all(r["ms"] > 0 and r["peak_bytes"] > 0 for r in records)
+    # Memory grows with N here: the third size would need twice the second's.
+    monkeypatch.setattr(scaling, "free_bytes", lambda device: 2.5 * records[1]["peak_bytes"])
+    stopped = list(scaling.run(chosen, CPU, None, 300, lambda what: None))
+    assert [r["status"] for r in stopped] == ["ok", "ok", "stopped"] * 2
+    assert "GiB" in stopped[2]["note"]
+    monkeypatch.setattr(scaling, "SECONDS", 0.0)
+    assert [r["status"] for r in scaling.run(chosen, CPU, None, 300, lambda what: None)] == ["ok", "stopped"] * 2
+    described = {**environment.describe(CPU), "date": "2026-01-02"}
+    written = scaling.write(tmp_path, described, stopped)
+    assert [p.name for p in written] == ["2026-01-02-scaling.json", "2026-01-02-scaling.png"]
+    assert json.loads(written[0].read_text())["scaling"] == stopped
+    assert written[1].read_bytes().startswith(b"\x89PNG")
 
 
 def test_readme_is_written_from_the_newest_files_and_checked(everywhere, tmp_path, monkeypatch):

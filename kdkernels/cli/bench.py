@@ -35,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-exactly", type=Path, metavar="DIR", help="write them into DIR itself")
     parser.add_argument("--format", default="json,csv,md", help="which files: json, csv, md, png (default json,csv,md)")
     parser.add_argument("--plot", action="store_true", help="also draw PNG plots")
+    parser.add_argument("--scaling", nargs="?", const="", metavar="CASE,...", help="time and peak memory of these cases "
+                        "(default: RKD's two) for 64, 128, ... samples, until plain PyTorch fails, with a plot")  # fmt: skip
+    parser.add_argument(
+        "--largest", type=int, default=8192, metavar="N", help="samples in --scaling (default %(default)s)"
+    )
     parser.add_argument("--list", action="store_true", help="print the rows that would be timed, and stop")
     parser.add_argument("--static", nargs=argparse.REMAINDER, metavar="ARG", help="compile kernels for GPUs that are not "
                         "here and report registers, spills and load widths; further arguments are its own")  # fmt: skip
@@ -53,6 +58,39 @@ def _formats(args: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
+def _scaling(args: argparse.Namespace) -> int:
+    from kdkernels.bench import results, scaling, select
+    from kdkernels.bench.environment import describe
+
+    device = select.device(args.device) if args.device else select.default_device()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    names = args.scaling.split(",") if args.scaling else scaling.CASES
+    chosen = [found for name in names for found in select.cases(None, name)]
+    if not chosen:
+        raise console.UsageError(f"no case is called {args.scaling}")
+    directory = args.output_exactly or args.output
+    if directory:
+        import matplotlib  # noqa: F401  (better said before the timing than after)
+    environment = describe(device)
+    records = []
+    with console.progress(2 * len(chosen) * len(scaling.sizes(args.largest))) as report:
+        for record in scaling.run(chosen, device, args.backend, args.largest, report.step):
+            records.append(record)
+            report.advance()
+    console.print_table(
+        results.describe_environment(environment),
+        ("case", "contender", "samples", "time", "peak memory", "note"),
+        [(r["case"], r["contender"], f"{r['n']}", results.duration(r["ms"]), results.size(r["peak_bytes"]), r["note"])
+         for r in records],
+    )  # fmt: skip
+    if directory:
+        directory = args.output_exactly or directory / environment["slug"]
+        for path in scaling.write(directory, environment, records):
+            print(f"wrote {path}")
+    return 0
+
+
 def run(args: argparse.Namespace) -> int:
     """0: done; 1: a row failed its check; 2: nothing to do."""
     if args.static is not None:
@@ -63,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
         from kdkernels.bench import readme
 
         return readme.main([])
+    if args.scaling is not None:
+        return _scaling(args)
 
     from kdkernels.bench import ceilings, results, runner, select, startup
     from kdkernels.bench.environment import describe
