@@ -165,3 +165,11 @@ def same_device(**tensors: torch.Tensor) -> None:
             raise ValueError(
                 f"{first} and {name} must be on one device: {first} is on {x.device}, {name} on {y.device}"
             )
+
+
+def indices(name: str, x: torch.Tensor, size: int) -> None:
+    """Places in a table of `size` entries."""
+    if x.numel() and _may_read(x):
+        low, high = (int(v) for v in x.aminmax())
+        if low < 0 or high >= size:
+            raise IndexError(f"{name} hold {low if low < 0 else high}, outside 0 to {size - 1}")

@@ -58,6 +58,18 @@ def _head(
     return Head(hidden, weight, bias, None, scale, softcap)
 
 
+def _check_chunk(chunk_bytes: int | None, student: Head, teacher: Head | None, kind: Kind) -> None:
+    """The budget holds at least one row."""
+    if chunk_bytes is None:
+        return
+    sides = (student[:4], (None,) * 4 if teacher is None else teacher[:4])
+    wants = [x is not None and x.requires_grad for side in sides for x in side]
+    classes = student.weight.shape[0] + (student.own is not None)
+    least = FLOAT * classes * buffers(wants, kind)
+    if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int) or chunk_bytes < least:
+        raise ValueError(f"chunk_bytes must be at least {least}, the logits of one row here, got {chunk_bytes}")
+
+
 def _call(
     operation: str,
     kind: Kind,
@@ -109,11 +121,7 @@ def _call(
     weight = checks.per_row("weight", weight, rows, device)
     labels = checks.labels_of(labels, rows, classes, ignore_index, device)
     class_weight = checks.per_class("class_weight", class_weight, classes, device)
-    if chunk_bytes is not None:
-        wants = [x is not None and x.requires_grad for head in (student, teacher) for x in head[:4]]
-        least = FLOAT * classes * buffers(wants, kind)
-        if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int) or chunk_bytes < least:
-            raise ValueError(f"chunk_bytes must be at least {least}, the logits of one row here, got {chunk_bytes}")
+    _check_chunk(chunk_bytes, student, teacher, kind)
     return linear_divergence(
         student, teacher, kind=kind, temperature=temperature, teacher_temperature=teacher_temperature,
         reduction=reduction, weight=weight, labels=labels, class_weight=class_weight, ignore_index=ignore_index,

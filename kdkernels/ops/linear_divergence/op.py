@@ -20,7 +20,6 @@ FLOAT = 4  # bytes of a logit, whatever the inputs are
 MOST_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
 LEAST_ROWS = 64
 SCALE_S, CAP_S, SCALE_T, CAP_T = 1, 2, 4, 8  # which of the packed head scalars count
-GRADIENTS = ("hidden", "weight", "bias", "own")  # of each model, in the operator's order
 
 
 class Head(NamedTuple):
@@ -35,6 +34,9 @@ class Head(NamedTuple):
     own: torch.Tensor | None = None  # (N, H)
     scale: Number | None = None
     softcap: Number | None = None
+
+
+_NOBODY: Any = Head(None, None)  # type: ignore[arg-type]
 
 
 def chunk_rows(rows: int, classes: int, width: int, chunk_bytes: int, buffers: int, device: str) -> int:
@@ -138,8 +140,8 @@ def _forward(
     student_weight: torch.Tensor,
     student_bias: torch.Tensor | None,
     student_own: torch.Tensor | None,
-    teacher: torch.Tensor,
-    teacher_weight: torch.Tensor,
+    teacher: torch.Tensor | None,
+    teacher_weight: torch.Tensor | None,
     teacher_bias: torch.Tensor | None,
     teacher_own: torch.Tensor | None,
     labels: torch.Tensor | None,
@@ -165,24 +167,29 @@ def _forward(
     device = student.device
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         s = side(student, student_weight, student_bias, student_own, SCALE_S, CAP_S, 0, wants[:4])
-        t = side(teacher, teacher_weight, teacher_bias, teacher_own, SCALE_T, CAP_T, 2, wants[4:])
+        t = None
+        if teacher is not None:
+            t = side(teacher, teacher_weight, teacher_bias, teacher_own, SCALE_T, CAP_T, 2, wants[4:])
         # The row kernels read a teacher's logit for the last time just before they write the student's gradient
         # there. Not so where the teacher learns too, or where the label's logit stands apart.
-        shared = not t.any and kind != Kind.DECOUPLED_KL
+        shared = not any(wants[4:]) and kind != Kind.DECOUPLED_KL
         step = chunk_rows(rows, classes, student.shape[1], chunk_bytes, buffers(wants, kind), device.type)
         f32 = {"dtype": torch.float32, "device": device}
         losses = torch.empty(rows, **f32)
         stats = torch.empty(step + 1, STATS, **f32)
         z_s, z_t = torch.empty(step, classes, **f32), torch.empty(step, classes, **f32)
         d_s = None if not s.any else z_t if shared else torch.empty_like(z_s)
-        d_t = torch.empty_like(z_t) if t.any else None
+        d_t = torch.empty_like(z_t) if any(wants[4:]) else None
         kernel = _kernels(backend)[0]
         for start in range(0, rows, step):
             part = slice(start, min(start + step, rows))
             n = part.stop - start
             x, y = z_s[:n], z_t[:n]
             s.scores(part, x)
-            t.scores(part, y)
+            if t is None:
+                y.copy_(x)
+            else:
+                t.scores(part, y)
             ds, dt = (None if d is None else d[:n] for d in (d_s, d_t))
             kernel(
                 _view(x), _view(y), _part(labels, part), _part(weight, part), class_weight, scalars, divisors,
@@ -192,10 +199,11 @@ def _forward(
             )  # fmt: skip
             if ds is not None:
                 s.accumulate(part, ds, x)
-            if dt is not None:
+            if t is not None and dt is not None:
                 t.accumulate(part, dt, y)
         del z_s, z_t, d_s, d_t  # before the gradients are cast
-        return losses, *s.gradients(), *t.gradients()
+        nothing = tuple(student.new_empty(0) for _ in range(4))
+        return losses, *s.gradients(), *(nothing if t is None else t.gradients())
 
 
 def buffers(wants: list[bool], kind: int) -> int:
@@ -212,7 +220,7 @@ def _forward_fake(student, student_weight, student_bias, student_own, teacher, t
                   labels, weight, class_weight, scalars, head_scalars, divisors, kind, hard, transforms, ignore_index,
                   chunk_bytes, wants, backend):  # fmt: skip
     inputs = (student, student_weight, student_bias, student_own, teacher, teacher_weight, teacher_bias, teacher_own)
-    hidden = (student,) * 4 + (teacher,) * 4
+    hidden = (student,) * 4 + (student if teacher is None else teacher,) * 4
     grads = (
         x.new_empty(x.shape, dtype=_stored(x.dtype)) if want and x is not None else like.new_empty(0)
         for x, like, want in zip(inputs, hidden, wants, strict=True)
@@ -222,7 +230,7 @@ def _forward_fake(student, student_weight, student_bias, student_own, teacher, t
 
 forward_op = define(
     "linear_divergence(Tensor student, Tensor student_weight, Tensor? student_bias, Tensor? student_own, "
-    "Tensor teacher, Tensor teacher_weight, Tensor? teacher_bias, Tensor? teacher_own, Tensor? labels, Tensor? weight, "
+    "Tensor? teacher, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? teacher_own, Tensor? labels, Tensor? weight, "
     "Tensor? class_weight, Tensor scalars, Tensor head_scalars, Tensor? divisors, int kind, bool hard, int transforms, "
     "int ignore_index, int chunk_bytes, bool[] wants, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -298,7 +306,7 @@ class LinearDivergence(torch.autograd.Function):
 
 def linear_divergence(
     student: Head,
-    teacher: Head,
+    teacher: Head | None,
     *,
     kind: Kind,
     temperature: Number = 1.0,
@@ -325,11 +333,13 @@ def linear_divergence(
     The arguments are row_divergence's, already validated, and besides:
 
     Args:
-        student, teacher: hidden states (..., H) with the same leading axes, weights (V, H).
+        student, teacher: hidden states (..., H) with the same leading axes, weights (V, H). Without a teacher the
+            divergence is 0, and the hard-label term what is left.
         compact: leave rows of weight 0 out of the products; one host synchronisation, to know how many are left.
         chunk_bytes: what the logits of a chunk may take; 0 chooses.
     """
-    given = [x for head in (student, teacher) for x in head[:4] if x is not None]
+    sides = (student, _NOBODY if teacher is None else teacher)
+    given = [x for head in sides for x in head[:4] if x is not None]
     backend = backends.resolve(operation, tuple(given), backend)
     if backend == "reference":
         return reference.linear_divergence(
@@ -339,10 +349,8 @@ def linear_divergence(
             num_items=num_items, p0=p0, p1=p1,
         )  # fmt: skip
     if not torch.is_grad_enabled():  # an autograd.Function is not told
-        student, teacher = (
-            head._replace(**{n: None if x is None else x.detach() for n, x in zip(GRADIENTS, head[:4], strict=True)})
-            for head in (student, teacher)
-        )
+        sides = tuple(Head(*(None if x is None else x.detach() for x in head[:4]), *head[4:]) for head in sides)
+    student, other = sides
     leading = student.hidden.shape[:-1]
     hard = ce_weight is not None
     # The logits' shape, in the memory of one element.
@@ -369,10 +377,10 @@ def linear_divergence(
         p1,
         0.0,
     ))  # fmt: skip
-    of_heads = (student.scale, student.softcap, teacher.scale, teacher.softcap)
+    of_heads = (student.scale, student.softcap, other.scale, other.softcap)
     head_scalars = pack(tuple(0.0 if x is None else x for x in of_heads))
     transforms = sum(1 << i for i, x in enumerate(of_heads) if x is not None)
-    flat = [None if x is None else x.reshape(-1, x.shape[-1]) for h in (student, teacher) for x in (h.hidden, h.own)]
+    flat = [None if x is None else x.reshape(-1, x.shape[-1]) for h in sides for x in (h.hidden, h.own)]
     kept = None
     if compact and (labels is not None or weight is not None):
         mask = _weights(labels, weight, ignore_index, scores) != 0
@@ -380,7 +388,7 @@ def linear_divergence(
         flat = [None if x is None else x.index_select(0, kept) for x in flat]
         labels, weight = (None if x is None else x.index_select(0, kept) for x in (labels, weight))
     losses = LinearDivergence.apply(
-        flat[0], student.weight, student.bias, flat[1], flat[2], teacher.weight, teacher.bias, flat[3],
+        flat[0], student.weight, student.bias, flat[1], flat[2], other.weight, other.bias, flat[3],
         labels, weight, class_weight, scalars, head_scalars, divisors,
         (int(kind), hard, transforms, ignore_index, chunk_bytes, reduction == "none", backend),
     )  # fmt: skip

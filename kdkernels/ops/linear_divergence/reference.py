@@ -33,7 +33,8 @@ def logits(
 
 def linear_divergence(student: Any, teacher: Any, **options: Any) -> torch.Tensor:
     """The same operation as op.linear_divergence; student and teacher are its Heads."""
-    tensors = [x for h in (student, teacher) for x in (h.hidden, h.weight)]
-    dtype = torch.float64 if torch.float64 in [x.dtype for x in tensors] else torch.float32
-    s, t = (logits(h.hidden, h.weight, h.bias, h.own, h.scale, h.softcap, dtype) for h in (student, teacher))
+    heads = [student] if teacher is None else [student, teacher]
+    dtype = torch.float64 if torch.float64 in [x.dtype for h in heads for x in (h.hidden, h.weight)] else torch.float32
+    scores = [logits(h.hidden, h.weight, h.bias, h.own, h.scale, h.softcap, dtype) for h in heads]
+    s, t = scores[0], scores[-1].detach() if teacher is None else scores[-1]
     return reference.row_divergence(s, t, dim=-1, inputs=Inputs.LOGITS, **options)

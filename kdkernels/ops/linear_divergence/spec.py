@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kdkernels.losses import linear
+from kdkernels.losses import contrastive, linear
 from kdkernels.ops.registry import Case, Inputs, Shape, Spec
 from kdkernels.ops.row_divergence.spec import eager_distillation, eager_js, eager_kl
 
@@ -75,6 +75,35 @@ def _with_logits(eager: Any) -> Any:
     return loss
 
 
+def make_queue(shape: Shape, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Embeddings (N, D) and a queue (K, D), from shape (N, K, D)."""
+    n, k, d = shape
+    made = {name: torch.randn(n, d, generator=generator) for name in ("student", "teacher")}
+    return {**made, "queue": F.normalize(torch.randn(k, d, generator=generator), dim=1)}
+
+
+def make_embeddings(shape: Shape, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    made = make_queue(shape, generator)
+    del made["queue"]
+    return made
+
+
+def make_banks(shape: Shape, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    made = make_queue(shape, generator)
+    made["student_bank"] = made.pop("queue")
+    made["teacher_bank"] = made["student_bank"].flip(0)
+    made["indices"] = torch.randint(0, shape[1], (shape[0], 1 + shape[1] // 2), generator=generator)
+    return made
+
+
+def eager_compress(
+    student: torch.Tensor, teacher: torch.Tensor, queue: torch.Tensor, temperature: float = 0.04, **_: Any
+) -> torch.Tensor:
+    s = F.normalize(student.float(), dim=1) @ queue.T / temperature
+    t = F.normalize(teacher.float(), dim=1) @ queue.T / temperature
+    return F.kl_div(F.log_softmax(s, 1), F.softmax(t, 1), reduction="batchmean")
+
+
 def products(inputs: Inputs, backward: bool) -> Callable[[], Any]:
     """The matrix products alone, on whole tensors that exist already, in the inputs' dtype."""
     h_s, w_s, h_t, w_t = (inputs[n].detach() for n in STUDENT + TEACHER)
@@ -89,6 +118,26 @@ def products(inputs: Inputs, backward: bool) -> Callable[[], Any]:
             torch.mm(student.T, h_s, out=d_weight)
 
     return run
+
+
+def queue_products(inputs: Inputs, backward: bool) -> Callable[[], Any]:
+    """The same of embeddings and a queue, which does not learn."""
+    s, t, queue = (inputs[n].detach().float() for n in ("student", "teacher", "queue"))
+    student, teacher, d_student = s @ queue.T, t @ queue.T, torch.empty_like(s)
+
+    def run() -> None:
+        torch.mm(s, queue.T, out=student)
+        torch.mm(t, queue.T, out=teacher)
+        if backward:
+            torch.mm(student, queue, out=d_student)
+
+    return run
+
+
+def _contrastive(
+    name: str, function: Any, make: Any = make_queue, grads: tuple[str, ...] = ("student",), **options: Any
+) -> Case:
+    return Case(name, function, make, options, grads=grads, shapes=((5, 4, 2), (3, 50, 6)))
 
 
 def _case(
@@ -123,5 +172,16 @@ SPEC = Spec(
             "linear_distillation_loss-decoupled", linear.linear_distillation_loss, make_padded, shapes=SMALL,
             divergence="decoupled_kl", vocab_size=3, compact=True, chunk_bytes=80,
         ),
+        Case(
+            "compress_loss", contrastive.compress_loss, make_queue, {}, eager_compress, grads=("student",),
+            shapes=((5, 4, 2), (3, 50, 6)), bench={"queue-16k": (256, 16384, 128)},
+            bench_gpu={"queue-128k": (256, 131072, 512)}, floor_work=queue_products, headline=True,
+        ),
+        _contrastive("seed_loss", contrastive.seed_loss, teacher_temperature=0.1),
+        _contrastive(
+            "info_nce_distillation_loss", contrastive.info_nce_distillation_loss, make_embeddings, ("student", "teacher"),
+            temperature=0.2, symmetric=True,
+        ),
+        _contrastive("crd_loss", contrastive.crd_loss, make_banks, ("student", "teacher"), temperature=0.2),
     ),
 )  # fmt: skip

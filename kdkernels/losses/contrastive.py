@@ -1,0 +1,404 @@
+"""Contrastive distillation: similarities of embeddings to a queue, a memory bank or the batch.
+
+A queue is the weight of a head whose hidden states are embeddings, so that its similarities exist a chunk of samples at a
+time (kdkernels/ops/linear_divergence/README.md). Embeddings are L2-normalised here, in float32 at least; a zero one stays
+zero and gets no gradient. What a queue or bank holds is taken as it is.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed
+
+from kdkernels import backends
+from kdkernels.losses import checks
+from kdkernels.losses.linear import _check_chunk
+from kdkernels.losses.module import LossModule
+from kdkernels.losses.relational import _embeddings, _normalized
+from kdkernels.ops.linear_divergence.op import Head, linear_divergence
+from kdkernels.ops.row_divergence.kinds import Kind
+from kdkernels.ops.scalars import Number
+
+
+def _queue(name: str, queue: torch.Tensor, of_name: str, x: torch.Tensor) -> torch.Tensor:
+    checks.float_tensor(name, queue)
+    if queue.dim() != 2 or queue.shape[0] == 0 or queue.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"{name} must have shape (K, {x.shape[1]}), K at least 1 and as wide as {of_name}; got {tuple(queue.shape)}"
+        )
+    if queue.device != x.device:
+        raise ValueError(f"{name} must be on {x.device} with {of_name}, got {queue.device}")
+    return queue
+
+
+def compress_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    queue: torch.Tensor,
+    teacher_queue: torch.Tensor | None = None,
+    *,
+    temperature: Number = 0.04,
+    teacher_temperature: Number | None = None,
+    scale_by_t2: bool = False,
+    reduction: str = "rowmean",
+    weight: torch.Tensor | None = None,
+    chunk_bytes: int | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """CompRess: the student's similarities to a queue are distributed as the teacher's.
+
+    mean_i KL(softmax(t_i Q_t^T / T), softmax(s_i Q_s^T / T)): Abbasi Koohpayegani, Tejankar and Pirsiavash (2020,
+    arXiv:2010.14713). Compute it before the batch is enqueued; the queues are read in place, and may change before the
+    backward unless reduction is "none".
+
+    Args:
+        student: embeddings (N, D_s), float16, bfloat16, float32 or float64. Further axes are flattened.
+        teacher: (N, D_t).
+        queue: (K, D_s), normalised: the student's earlier embeddings (the paper's 2q), or the teacher's (1q, one
+            queue for both: no `teacher_queue`, and D_t = D_s). See `Queue`.
+        teacher_queue: (K, D_t), the teacher's embeddings of the same samples.
+        temperature, teacher_temperature, scale_by_t2, weight: as kl_div; a weight for every sample.
+        reduction: as kl_div, of scores (N, K).
+        chunk_bytes, backend: as linear_kl_div.
+
+    Returns:
+        A float32 scalar (float64 if an input is float64), or one value a sample.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, and what linear_kl_div raises it for.
+        TypeError, BackendError: as linear_kl_div.
+    """
+    s, t = map(_normalized, _embeddings(student, teacher))
+    student_head = Head(s, _queue("queue", queue, "student", s))
+    shared = teacher_queue is None
+    name = "queue" if shared else "teacher_queue"
+    teacher_head = Head(t, _queue(name, queue if teacher_queue is None else teacher_queue, "teacher", t))
+    if student_head.weight.shape[0] != teacher_head.weight.shape[0]:
+        raise ValueError(
+            "queue and teacher_queue must hold the same samples: "
+            f"{student_head.weight.shape[0]} and {teacher_head.weight.shape[0]} of them"
+        )
+    return _call("compress_loss", Kind.FORWARD_KL, student_head, teacher_head, temperature, teacher_temperature,
+                 scale_by_t2, reduction, weight, chunk_bytes, backend)  # fmt: skip
+
+
+def seed_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    queue: torch.Tensor,
+    *,
+    temperature: Number = 0.2,
+    teacher_temperature: Number | None = 1e-4,
+    scale_by_t2: bool = False,
+    reduction: str = "rowmean",
+    weight: torch.Tensor | None = None,
+    chunk_bytes: int | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """SEED: soft cross-entropy over a queue of the teacher's embeddings and the sample's own.
+
+    -mean_i sum_j p_ij log q_ij, p_i = softmax(t_i [t_i, Q]^T / T_t), q_i = softmax(s_i [t_i, Q]^T / T_s): Fang et al.
+    (2021, arXiv:2101.04731).
+
+    Args:
+        student: embeddings (N, D). Further axes are flattened.
+        teacher: (N, D).
+        queue: (K, D), normalised embeddings of the teacher (65536 in the paper). See `Queue`.
+        temperature: the student's; the paper's 0.2.
+        teacher_temperature: 1e-4 in the authors' code, 0.01 in the paper's text; None: the student's.
+        scale_by_t2, reduction, weight, chunk_bytes, backend: as compress_loss.
+
+    Returns, raises: as compress_loss. The teacher gets a gradient if it requires one; the published code detaches it.
+    """
+    s, t = map(_normalized, _embeddings(student, teacher))
+    if s.shape[1] != t.shape[1]:
+        raise ValueError(
+            f"student and teacher must have embeddings of one size, got {s.shape[1]} and {t.shape[1]}: project the student's"
+        )
+    queue = _queue("queue", queue, "teacher", t)
+    return _call("seed_loss", Kind.SOFT_CROSS_ENTROPY, Head(s, queue, own=t), Head(t, queue, own=t), temperature,
+                 teacher_temperature, scale_by_t2, reduction, weight, chunk_bytes, backend)  # fmt: skip
+
+
+def info_nce_distillation_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    *,
+    queue: torch.Tensor | None = None,
+    temperature: Number = 0.07,
+    symmetric: bool = False,
+    reduction: str = "rowmean",
+    weight: torch.Tensor | None = None,
+    chunk_bytes: int | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """InfoNCE between the models: each sample's student embedding must find its teacher embedding.
+
+    -mean_i log softmax_j(s_i t_j^T / T)_i, the negatives being the teacher's other embeddings of the batch, or a queue.
+
+    Args:
+        student: embeddings (N, D). Further axes are flattened.
+        teacher: (N, D); gets a gradient if it requires one.
+        queue: (K, D), normalised: negatives instead of the batch's.
+        temperature: T > 0, a number or a tensor with one element. It gets no gradient.
+        symmetric: the mean of this and of the teacher's embeddings looking for the student's, as CLIP has it; without a
+            queue only.
+        reduction, weight, chunk_bytes, backend: as compress_loss.
+
+    Returns, raises: as compress_loss.
+    """
+    s, t = map(_normalized, _embeddings(student, teacher))
+    if s.shape[1] != t.shape[1]:
+        raise ValueError(
+            f"student and teacher must have embeddings of one size, got {s.shape[1]} and {t.shape[1]}: project the student's"
+        )
+    if symmetric and queue is not None:
+        raise ValueError("symmetric goes with the batch's negatives only: leave out queue")
+    checks.number("temperature", temperature, low=0, open_low=True)
+    scale = 1 / temperature
+    if queue is not None:
+        heads = [Head(s, _queue("queue", queue, "teacher", t), own=t, scale=scale)]
+        labels = torch.full((s.shape[0],), queue.shape[0], device=s.device)
+    else:
+        heads = [Head(s, t, scale=scale), Head(t, s, scale=scale)][: 2 if symmetric else 1]
+        labels = torch.arange(s.shape[0], device=s.device)
+    if s.shape[0] == 0:
+        return (s * 0).sum() if reduction != "none" else (s * 0).sum(1)
+    losses = [
+        _call(
+            "info_nce_distillation_loss", Kind.FORWARD_KL, head, None, 1.0, None, False, reduction, weight, chunk_bytes,
+            backend, labels,
+        )
+        for head in heads
+    ]  # fmt: skip
+    return sum(losses[1:], losses[0]) / len(losses)
+
+
+def _call(
+    operation: str,
+    kind: Kind,
+    student: Head,
+    teacher: Head | None,
+    temperature: Number,
+    teacher_temperature: Number | None,
+    scale_by_t2: bool,
+    reduction: str,
+    weight: torch.Tensor | None,
+    chunk_bytes: int | None,
+    backend: str,
+    labels: torch.Tensor | None = None,
+) -> torch.Tensor:
+    checks.number("temperature", temperature, low=0, open_low=True)
+    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    weight = checks.per_row("weight", weight, tuple(student.hidden.shape[:1]), student.hidden.device)
+    _check_chunk(chunk_bytes, student, teacher, kind)
+    hard = labels is not None
+    return linear_divergence(
+        student, teacher, kind=kind, temperature=temperature, teacher_temperature=teacher_temperature,
+        kd_weight=0.0 if hard else 1.0, ce_weight=1.0 if hard else None, scale_by_t2=scale_by_t2, reduction=reduction,
+        weight=weight, labels=labels, ignore_index=-1, chunk_bytes=chunk_bytes or 0, backend=backend, operation=operation,
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------- noise-contrastive estimation
+
+DENSE_WITHIN = 16  # similarities to the whole bank, where it is at most so many times as large as a sample's negatives
+
+
+class _Gathered(torch.autograd.Function):
+    """x_i . bank[indices_ik], a few samples at a time: the gathered entries are never all there."""
+
+    @staticmethod
+    def forward(ctx, x, bank, indices):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(bank, indices)
+        ctx.dtype = x.dtype
+        return torch.stack([(bank[i].to(x.dtype) @ row) for i, row in zip(indices, x, strict=True)])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):  # type: ignore[no-untyped-def]
+        bank, indices = ctx.saved_tensors
+        return torch.stack([g @ bank[i].to(ctx.dtype) for i, g in zip(indices, upstream, strict=True)]), None, None
+
+
+def crd_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    student_bank: torch.Tensor,
+    teacher_bank: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    temperature: Number = 0.07,
+    normalizers: tuple[Number, Number] | None = None,
+    eps: float = 1e-7,
+    dense: bool | None = None,
+    reduction: str = "rowmean",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Contrastive representation distillation: tell a sample's embedding in the other model from K random ones.
+
+    For each model's embedding x_i against the other's bank, with P_k = exp(x_i . bank[k] / T) / Z and c = K / n:
+    -mean_i [log P_pos / (P_pos + c + eps) + sum_k log c / (P_k + c + eps)], both models' terms added. Tian, Krishnan and
+    Isola (2020, arXiv:1910.10699).
+
+    Args:
+        student, teacher: embeddings (N, D) from two heads of one size. Further axes are flattened. Both get gradients, as
+            the teacher's head is trained too.
+        student_bank, teacher_bank: (n, D), normalised: one entry for every training sample.
+        indices: (N, 1 + K), the sample's own index and then those of its negatives.
+        temperature: T > 0, a number or a tensor with one element. It gets no gradient.
+        normalizers: the student's and the teacher's Z, numbers or tensors with one element; default: n times the batch's
+            mean of exp(x . bank / T), which the authors' code takes from the first batch and then keeps.
+        eps: as in the authors' code.
+        dense: multiply with the whole bank and count how often each entry is a negative, or gather the negatives; default:
+            the former where n is at most 16 K. The same value, up to rounding.
+        reduction: "rowmean" or "batchmean" (the same), "sum", or "none": one value a sample.
+        backend: every name runs the same torch operations.
+
+    Returns:
+        A float32 scalar (float64 if an input is float64), or one value a sample.
+
+    Raises:
+        ValueError, TypeError, BackendError: as compress_loss. IndexError: indices outside the bank (on a CPU).
+    """
+    s, t = map(_normalized, _embeddings(student, teacher))
+    if s.shape[1] != t.shape[1]:
+        raise ValueError(f"student and teacher must have embeddings of one size, got {s.shape[1]} and {t.shape[1]}")
+    _queue("student_bank", student_bank, "student", s)
+    _queue("teacher_bank", teacher_bank, "teacher", t)
+    if student_bank.shape != teacher_bank.shape:
+        raise ValueError(
+            f"the banks must hold the same samples: {tuple(student_bank.shape)} and {tuple(teacher_bank.shape)}"
+        )
+    if not isinstance(indices, torch.Tensor) or indices.is_floating_point():
+        raise TypeError("indices must be a tensor of integers")
+    if indices.dim() != 2 or indices.shape[0] != s.shape[0] or indices.shape[1] < 2:
+        raise ValueError(
+            f"indices must have shape ({s.shape[0]}, 1 + K), a sample's own and its negatives'; got {tuple(indices.shape)}"
+        )
+    checks.number("temperature", temperature, low=0, open_low=True)
+    checks.choice("reduction", reduction, ("rowmean", "batchmean", "sum", "none"))
+    backends.resolve("crd_loss", (s, t), backend)
+    n, negatives = student_bank.shape[0], indices.shape[1] - 1
+    indices = indices.long()
+    checks.indices("indices", indices, n)
+    dense = n <= DENSE_WITHIN * negatives if dense is None else dense
+    z_s, z_t = (None, None) if normalizers is None else normalizers
+    losses = _nce(s, teacher_bank, indices, temperature, z_s, eps, dense)
+    losses = losses + _nce(t, student_bank, indices, temperature, z_t, eps, dense)
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / max(losses.shape[0], 1)
+
+
+def _nce(
+    x: torch.Tensor, bank: torch.Tensor, indices: torch.Tensor, temperature: Number, z: Number | None, eps: float,
+    dense: bool,
+) -> torch.Tensor:  # fmt: skip
+    """One model's term of each sample, in logarithms: log P / (P + c) is logsigmoid(log P - log c)."""
+    n, k = bank.shape[0], indices.shape[1] - 1
+    positive = (x * bank[indices[:, 0]].to(x.dtype)).sum(1, keepdim=True) / temperature
+    if dense:
+        # Whole numbers, so that the order of the additions does not show.
+        counts = x.new_zeros(x.shape[0], n).scatter_add_(
+            1, indices[:, 1:], torch.ones_like(indices[:, 1:], dtype=x.dtype)
+        )
+        negative = x @ bank.to(x.dtype).T / temperature
+    else:
+        counts = x.new_ones(())
+        negative = _Gathered.apply(x, bank, indices[:, 1:]) / temperature
+    if z is None:
+        with torch.no_grad():
+            z = (positive.exp().sum() + (counts * negative.exp()).sum()) / max(indices.numel(), 1) * n
+    log_z = torch.as_tensor(z, dtype=x.dtype, device=x.device).detach().log()
+    noise = k / n
+    log_c = torch.as_tensor(noise + eps, dtype=x.dtype).log()
+    of_positive = -torch.nn.functional.logsigmoid(positive - log_z - log_c).squeeze(1)
+    shift = torch.as_tensor(noise, dtype=x.dtype).log() - log_c
+    of_negative = -counts * (torch.nn.functional.logsigmoid(log_c - (negative - log_z)) + shift)
+    return of_positive + of_negative.sum(1)
+
+
+# ----------------------------------------------------------------------------------------------------------------- queue
+
+
+class Queue(torch.nn.Module):
+    """The last `size` embeddings, normalised, in a buffer that never moves: the oldest are overwritten in place.
+
+    Queue(65536, 128); loss = seed_loss(s, t, queue.entries); queue.enqueue(t). It starts with random directions. Nothing
+    waits for the device; all of it is in the state_dict, and may be compiled.
+
+    Args:
+        size: how many embeddings it holds.
+        features: their size.
+        dtype: of the entries.
+        generator: of the random directions.
+    """
+
+    entries: torch.Tensor
+    position: torch.Tensor
+
+    def __init__(
+        self, size: int, features: int, *, dtype: torch.dtype = torch.float32, generator: torch.Generator | None = None
+    ):
+        super().__init__()
+        if size < 1 or features < 1:
+            raise ValueError(f"size and features must be at least 1, got {size} and {features}")
+        start = torch.nn.functional.normalize(torch.randn(size, features, generator=generator), dim=1)
+        self.register_buffer("entries", start.to(dtype))
+        self.register_buffer("position", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def enqueue(self, embeddings: torch.Tensor, *, group: torch.distributed.ProcessGroup | None = None) -> None:
+        """Normalises embeddings (N, features) and puts them over the oldest entries.
+
+        Args:
+            embeddings: at most `size`; not written to.
+            group: those of all its ranks, in the order of ranks, so that every rank keeps the same queue; each must bring
+                as many.
+
+        Raises:
+            ValueError: another number of features, or more embeddings than fit.
+        """
+        size, features = self.entries.shape
+        if embeddings.dim() != 2 or embeddings.shape[1] != features:
+            raise ValueError(f"embeddings must have shape (N, {features}), got {tuple(embeddings.shape)}")
+        x = _normalized(embeddings).to(self.entries)
+        if group is not None:
+            ranks = torch.distributed.get_world_size(group)
+            everyone = x.new_empty(ranks * x.shape[0], features)
+            torch.distributed.all_gather_into_tensor(everyone, x.contiguous(), group=group)
+            x = everyone
+        if x.shape[0] > size:
+            raise ValueError(f"{x.shape[0]} embeddings do not fit a queue of {size}")
+        places = torch.arange(x.shape[0], device=x.device).add_(self.position).remainder_(size)
+        self.entries.index_copy_(0, places, x)
+        self.position.add_(x.shape[0]).remainder_(size)
+
+    def extra_repr(self) -> str:
+        return f"{self.entries.shape[0]}, {self.entries.shape[1]}"
+
+
+class CompRessLoss(LossModule):
+    """`compress_loss` as a module: its keyword arguments are the options."""
+
+    function = staticmethod(compress_loss)
+
+
+class SEEDLoss(LossModule):
+    """`seed_loss` as a module: its keyword arguments are the options."""
+
+    function = staticmethod(seed_loss)
+
+
+class InfoNCEDistillationLoss(LossModule):
+    """`info_nce_distillation_loss` as a module: its keyword arguments are the options."""
+
+    function = staticmethod(info_nce_distillation_loss)
+
+
+class CRDLoss(LossModule):
+    """`crd_loss` as a module: its keyword arguments are the options."""
+
+    function = staticmethod(crd_loss)
