@@ -58,7 +58,7 @@ class RowKernel {
  public:
   static int64_t memory(int64_t learners, int64_t classes) {
     const int64_t tiles = (classes + kTile - 1) / kTile;
-    return learners * (padded(classes) + padded(tiles) + kTile) + 5 * kTile;
+    return learners * (padded(classes) + padded(tiles) + kTile) + 6 * kTile;
   }
   RowKernel(const Job& job, float* memory)
       : job_(job),
@@ -70,7 +70,8 @@ class RowKernel {
     buffer_ = take(kTile);
     target_ = take(kTile);
     total_ = take(kTile);
-    top_log_ = take(kTile);
+    middle_log_ = take(kTile);
+    least_log_ = take(kTile);
     entropy_ = take(kTile);
     e_ = take(job.count() * full_);
     log_p_ = take(job.count() * kTile);
@@ -110,14 +111,16 @@ class RowKernel {
   }
 
   // With P = sum_j p_j, learner i's loss is sum_j p_j (log p_j - log p_i) = S - P (log p_i - c),
-  // S = sum_j p_j (log p_j - c), whatever c is: its own term is 0. The largest log p_j for c keeps
-  // the terms small where the learners agree. Its gradient is M p_i - P.
+  // S = sum_j p_j (log p_j - c), whatever c is: its own term is 0. The middle between the largest
+  // and the least log p_j for c keeps the terms small where the learners agree. Its gradient is
+  // M p_i - P.
   void join(int64_t r, int64_t k, int64_t start, int64_t n, float weight, const Place* rows,
             DType dtype) {
     const int64_t learners = job_.count(), m = padded(n);
-    float *total = total_, *c = top_log_, *s = entropy_;
+    float *total = total_, *c = middle_log_, *least = least_log_, *s = entropy_;
     std::fill(total, total + m, 0.f);
     std::fill(c, c + m, -INFINITY);
+    std::fill(least, least + m, INFINITY);
     for (int64_t i = 0; i < learners; ++i) {
       const float* x = load_tile(advance(rows[i].x, dtype, start), dtype, n, buffer_);
       const float f = run_[i].to_probability(top_[i * padded(tiles_) + k]);
@@ -131,10 +134,14 @@ class RowKernel {
         a[v] = (d * scale.hi - log_z.hi) + (d * scale.lo - log_z.lo);
         total[v] += p[v];
         c[v] = a[v] > c[v] ? a[v] : c[v];
+        const float low = a[v] == -INFINITY ? INFINITY : a[v];
+        least[v] = low < least[v] ? low : least[v];
       }
     }
     if (job_.losses) {
       std::fill(s, s + m, 0.f);
+#pragma omp simd
+      for (int64_t v = 0; v < m; ++v) c[v] = c[v] == -INFINITY ? c[v] : 0.5f * (c[v] + least[v]);
       for (int64_t i = 0; i < learners; ++i) {
         const float *p = e_ + i * full_ + start, *a = log_p_ + i * kTile;
 #pragma omp simd
@@ -167,7 +174,7 @@ class RowKernel {
   const int64_t full_, tiles_;
   std::vector<RunningSoftmax> run_;
   std::vector<double> sum_;
-  float *buffer_, *target_, *total_, *top_log_, *entropy_, *e_, *log_p_, *top_;
+  float *buffer_, *target_, *total_, *middle_log_, *least_log_, *entropy_, *e_, *log_p_, *top_;
 };
 
 Scratch& thread_scratch() {

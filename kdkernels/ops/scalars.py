@@ -16,11 +16,12 @@ Number = float | int | torch.Tensor
 
 
 _PLAIN = (float, int)
+_KINDS = {torch.Tensor, torch.nn.Parameter}
 
 
 def readable(*tensors: torch.Tensor) -> bool:
     """Whether there are values to look at: nothing is being traced, by the compiler or with fake tensors."""
-    return not torch.compiler.is_compiling() and all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
+    return not torch.compiler.is_compiling() and _KINDS.issuperset([type(x) for x in tensors])
 
 
 @functools.lru_cache(maxsize=4096)

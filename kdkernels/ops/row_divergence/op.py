@@ -42,11 +42,11 @@ def _views(student: torch.Tensor, teacher: torch.Tensor, dim: int) -> tuple[View
     return layout.as_rows(student, dim, k), layout.as_rows(teacher, dim, k), k
 
 
-def _outputs(grads: tuple[torch.Tensor | None, ...], dim: int, k: int) -> tuple[View | None, ...]:
-    return tuple(None if x is None else layout.as_rows(x, dim, k) for x in grads)
+def _outputs(grads: tuple[torch.Tensor | None, ...], dim: int, k: int) -> list[View | None]:
+    return [None if x is None else layout.as_rows(x, dim, k) for x in grads]
 
 
-def _collect(grads: tuple[torch.Tensor | None, ...], views: tuple[View | None, ...]) -> None:
+def _collect(grads: tuple[torch.Tensor | None, ...], views: list[View | None]) -> None:
     """Brings gradients home that could only be written as rows in a copy."""
     for x, view in zip(grads, views, strict=True):
         if x is not None and view is not None and view.tensor is not x:
@@ -203,7 +203,7 @@ class RowDivergence(torch.autograd.Function):
         ctx.stored, ctx.backend = stored, backend
         output = losses.view(student.shape[:dim] + student.shape[dim + 1 :]) if per_row else total
         if stored:
-            ctx.save_for_backward(output, ds, dt)
+            ctx.save_for_backward(output, *([ds, dt] if want_s and want_t else [ds if want_s else dt]))
         elif any(ctx.needs_input_grad[:4]):
             ctx.save_for_backward(output, student, teacher, labels, weight, class_weight, scalars, saved)
             ctx.options = kind, inputs, hard, count != 0 or divisors is not None, ignore_index, dim
@@ -217,10 +217,9 @@ class RowDivergence(torch.autograd.Function):
         want_s, want_t, want_ts, want_tt = ctx.needs_input_grad[:4]
         d_ts = d_tt = None
         if ctx.stored:
-            output, ds, dt = ctx.saved_tensors
-            wanted = (ds, dt) if want_s and want_t else (ds,) if want_s else (dt,)
-            wanted = scaled(wanted, upstream, ctx.backend, keep=graph_is_kept())
-            ds, dt = wanted[0] if want_s else None, wanted[-1] if want_t else None
+            output, *grads = ctx.saved_tensors
+            grads = scaled(grads, upstream, ctx.backend, keep=graph_is_kept())
+            ds, dt = grads[0] if want_s else None, grads[-1] if want_t else None
         else:
             output, student, teacher, labels, weight, class_weight, scalars, saved = ctx.saved_tensors
             with torch.no_grad():

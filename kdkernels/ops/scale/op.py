@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from kdkernels import backends
@@ -31,7 +33,7 @@ def _fake(x: torch.Tensor, factor: torch.Tensor, backend: str) -> None:
 scale_ = define("scale_(Tensor(a!) x, Tensor factor, str backend) -> ()", _scale, _fake)
 
 
-def scaled(grads: tuple[torch.Tensor, ...], factor: torch.Tensor, backend: str, keep: bool) -> tuple[torch.Tensor, ...]:
+def scaled(grads: Sequence[torch.Tensor], factor: torch.Tensor, backend: str, keep: bool) -> Sequence[torch.Tensor]:
     """Dense gradients times a 0-d factor that stays on its device.
 
     In place, and without touching them where the factor is 1, unless `keep` says that they will be
@@ -39,8 +41,8 @@ def scaled(grads: tuple[torch.Tensor, ...], factor: torch.Tensor, backend: str, 
     """
     if keep:
         # Also where the factor is 1: whoever receives a gradient may go on writing into it.
-        grads = tuple(g.clone() for g in grads)
-    if factor.device.type == "cpu" and readable(factor) and factor.item() == 1:
+        grads = tuple([g.clone() for g in grads])
+    if factor.is_cpu and readable(factor) and factor.item() == 1:
         return grads  # the usual case, and on a CPU it can be looked at
     for g in grads:
         scale_(g, factor, backend)
