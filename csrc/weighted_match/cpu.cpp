@@ -24,9 +24,26 @@ const float* read_row(const Tensor& x, int64_t b, int64_t r, int64_t l, int64_t 
   const void* p = advance(x.data, x.dtype, b * x.stride[0] + r * x.stride[1] + l);
   return x.dtype == DType::f32 ? static_cast<const float*>(p) : load_tile(p, x.dtype, n, buffer);
 }
-void* place(const Tensor& x, int64_t b, int64_t r, int64_t l) {
-  return advance(x.data, x.dtype, b * x.stride[0] + r * x.stride[1] + l);
-}
+// Rows of a result, built where they belong or in a buffer.
+class Output {
+ public:
+  Output(const Tensor& x) : x_(x) {}
+  explicit operator bool() const { return static_cast<bool>(x_); }
+
+  // Where to build elements from this place on.
+  float* target(int64_t b, int64_t r, int64_t l, float* buffer) const {
+    return x_.dtype == DType::f32 ? static_cast<float*>(at(b, r, l)) : buffer;
+  }
+  void put(int64_t b, int64_t r, int64_t l, int64_t n, const float* made) const {
+    store_tile(at(b, r, l), x_.dtype, n, made);
+  }
+
+ private:
+  void* at(int64_t b, int64_t r, int64_t l) const {
+    return advance(x_.data, x_.dtype, b * x_.stride[0] + r * x_.stride[1] + l);
+  }
+  Tensor x_;
+};
 
 struct Tile {
   int64_t batch, row_piece, lane_piece, row, rows, lane, lanes;
@@ -64,99 +81,174 @@ Real* share_of_lanes(const Tensor& out, const Tile& t, int64_t field) {
 
 // ---- sums of powers ----
 
-// Adds the powers of kRows rows to the lanes' sums (where there are any), and sums each row.
-template <int kPower, int kRows, bool kLanes>
-KDK_ONE_COPY void add_powers(const float* const* x, int64_t n, float p, bool odd, float* lanes,
-                             float* rows) {
+struct Exponent {
+  float p;
+  bool odd;
+};
+
+// Which sums are made, and whether lanes have weights in those of the rows.
+enum Sums : int { kOfLanes = 1, kOfRows = 2, kWeighted = 4 };
+
+// Adds weight x power of kRows rows to the lanes' sums, and sums each row.
+template <int kPower, int kRows, int kSums>
+KDK_ONE_COPY void add_powers(const float* const* x, int64_t n, Exponent e, const float* weight,
+                             const float* lane_weight, float* lanes, float* rows) {
   const float *a = x[0], *b = x[kRows > 1], *c = x[kRows > 1 ? 2 : 0], *d = x[kRows > 1 ? 3 : 0];
+  const float wa = weight[0], wb = weight[1], wc = weight[2], wd = weight[3];
   float sum_a = 0.f, sum_b = 0.f, sum_c = 0.f, sum_d = 0.f;
 #pragma omp simd reduction(+ : sum_a, sum_b, sum_c, sum_d)
   for (int64_t i = 0; i < n; ++i) {
-    const float fa = power<kPower>(a[i], p, odd);
-    sum_a += fa;
+    const float w = kSums & kWeighted ? lane_weight[i] : 1.f;
+    const float fa = power<kPower>(a[i], e.p, e.odd);
+    if (kSums & kOfRows) sum_a += w * fa;
     if (kRows == 1) {
-      if (kLanes) lanes[i] += fa;
+      if (kSums & kOfLanes) lanes[i] += wa * fa;
       continue;
     }
-    const float fb = power<kPower>(b[i], p, odd), fc = power<kPower>(c[i], p, odd),
-                fd = power<kPower>(d[i], p, odd);
-    sum_b += fb, sum_c += fc, sum_d += fd;
-    if (kLanes) lanes[i] += (fa + fb) + (fc + fd);
+    const float fb = power<kPower>(b[i], e.p, e.odd), fc = power<kPower>(c[i], e.p, e.odd),
+                fd = power<kPower>(d[i], e.p, e.odd);
+    if (kSums & kOfRows) sum_b += w * fb, sum_c += w * fc, sum_d += w * fd;
+    if (kSums & kOfLanes) lanes[i] += (wa * fa + wb * fb) + (wc * fc + wd * fd);
   }
   rows[0] = sum_a;
   if (kRows > 1) rows[1] = sum_b, rows[2] = sum_c, rows[3] = sum_d;
 }
 
-template <int kPower, bool kLanes>
-void power_tile(const Tensor& x, const Tile& t, float p, bool odd, float* of_rows,
-                float* of_lanes) {
-  alignas(64) float buffer[4][kMaxLanes];
-  float sums[4];
-  if (kLanes) memset(of_lanes, 0, static_cast<size_t>(t.lanes) * 4);
+struct PowerSums {
+  Tensor x, row_weight, lane_weight, rows, lanes;
+  Exponent exponent;
+  int64_t tile_rows, tile_lanes, threads;
+};
+
+// How many short rows are read as one long one, of whole vectors if that can be: possible where
+// they touch and nothing tells them apart but their lanes.
+int64_t rows_at_once(const Tensor& x, const Tile& t) {
+  const int64_t width = x.shape[2], most = least(kMaxLanes / width, t.rows);
+  if (x.stride[1] != width || t.lanes != width || most < 2) return 1;
+  for (int64_t n = most; n > most / 2; --n)
+    if (n * width % kLanes == 0) return n;
+  return most;
+}
+
+template <int kPower, int kSums>
+void power_tile(const PowerSums& of, const Tile& t) {
+  alignas(64) float buffer[4][kMaxLanes], folded[kMaxLanes];
+  const int64_t width = of.x.shape[2], height = of.x.shape[1];
+  const float* row_weight = of.row_weight ? of.row_weight.as<float>() + t.batch * height : nullptr;
+  const float* lane_weight =
+      of.lane_weight ? of.lane_weight.as<float>() + t.batch * width + t.lane : nullptr;
+  float* const to_rows = kSums & kOfRows ? share_of_rows<float>(of.rows, t, 0) : nullptr;
+  float* const to_lanes = kSums & kOfLanes ? share_of_lanes<float>(of.lanes, t, 0) : nullptr;
+  const int64_t group = kSums == kOfLanes && !row_weight ? rows_at_once(of.x, t) : 1;
+  float* const sums_of_lanes = group > 1 ? folded : to_lanes;
+  if constexpr (kSums & kOfLanes)
+    for (int64_t i = 0; i < group * t.lanes; ++i) sums_of_lanes[i] = 0.f;
   for (int64_t r = 0; r < t.rows;) {
-    const int64_t count = t.rows - r >= 4 ? 4 : 1;
+    const int64_t count = t.rows - r >= 4 * group ? 4 : 1;
+    const int64_t own = least(group, t.rows - r);  // rows in each of these
     const float* rows[4];
-    for (int64_t k = 0; k < count; ++k)
-      rows[k] = read_row(x, t.batch, t.row + r + k, t.lane, t.lanes, buffer[k]);
-    (count == 4 ? add_powers<kPower, 4, kLanes>
-                : add_powers<kPower, 1, kLanes>)(rows, t.lanes, p, odd, of_lanes, sums);
-    if (of_rows) memcpy(of_rows + r, sums, static_cast<size_t>(count) * 4);
-    r += count;
+    float weight[4] = {1.f, 1.f, 1.f, 1.f}, sums[4];
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t row = t.row + r + k * own;
+      rows[k] = read_row(of.x, t.batch, row, t.lane, own * t.lanes, buffer[k]);
+      if (row_weight) weight[k] = row_weight[row];
+    }
+    (count == 4 ? add_powers<kPower, 4, kSums>
+                : add_powers<kPower, 1, kSums>)(rows, own * t.lanes, of.exponent, weight,
+                                                lane_weight, sums_of_lanes, sums);
+    if constexpr (kSums & kOfRows)
+      for (int64_t k = 0; k < count; ++k) to_rows[r + k] = sums[k];
+    r += count * own;
+  }
+  if (group > 1) {
+    for (int64_t i = 0; i < width; ++i) to_lanes[i] = folded[i];
+    for (int64_t g = 1; g < group; ++g)
+      for (int64_t i = 0; i < width; ++i) to_lanes[i] += folded[g * width + i];
   }
 }
 
-// dx = (row's + lane's upstream) times the power's derivative.
+template <int kPower>
+void power_sums(const PowerSums& of) {
+  const auto run = !of.rows   ? power_tile<kPower, kOfLanes>
+                   : of.lanes ? (of.lane_weight ? power_tile<kPower, 7> : power_tile<kPower, 3>)
+                   : of.lane_weight ? power_tile<kPower, kOfRows + kWeighted>
+                                    : power_tile<kPower, kOfRows>;
+  for_tiles(of.x, of.tile_rows, of.tile_lanes, of.threads, [&](const Tile& t) { run(of, t); });
+}
+
+// A row's sum has the lanes' weights (batch, lanes), a lane's the rows' (batch, rows); all 1 where
+// they are left out. `rows` and `lanes` receive the tiles' shares; either may be left out.
+void feature_power_sums(Tensor x, Tensor row_weight, Tensor lane_weight, Tensor scalars,
+                        Tensor rows, Tensor lanes, int64_t exponent, bool odd, int64_t tile_rows,
+                        int64_t tile_lanes, int64_t threads) {
+  constexpr decltype(&power_sums<0>) kRun[] = {power_sums<0>, power_sums<1>, power_sums<2>,
+                                               power_sums<3>, power_sums<4>};
+  kRun[exponent]({x,
+                  row_weight,
+                  lane_weight,
+                  rows,
+                  lanes,
+                  {*scalars.as<float>(), odd},
+                  tile_rows,
+                  tile_lanes,
+                  threads});
+}
+
+// dx = (lane weight x the row's upstream + row weight x the lane's) x the power's derivative.
 template <int kPower, bool kLanes>
-KDK_ONE_COPY void power_gradient(const float* x, int64_t n, float p, bool odd, float row,
-                                 const float* lanes, float* dx) {
+KDK_ONE_COPY void power_gradient(const float* x, int64_t n, Exponent e, float row, float weight,
+                                 const float* lanes, const float* lane_weight, float* dx) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i)
-    dx[i] = (kLanes ? row + lanes[i] : row) * power_slope<kPower>(x[i], p, odd);
+    dx[i] = (kLanes ? row * lane_weight[i] + weight * lanes[i] : row) *
+            power_slope<kPower>(x[i], e.p, e.odd);
 }
 
 template <int kPower>
-void power_sums(const Tensor& x, float p, bool odd, const Tensor& rows, const Tensor& lanes,
-                int64_t tile_rows, int64_t tile_lanes, int64_t threads) {
-  for_tiles(x, tile_rows, tile_lanes, threads, [&](const Tile& t) {
-    float* of_rows = rows ? share_of_rows<float>(rows, t, 0) : nullptr;
-    float* of_lanes = lanes ? share_of_lanes<float>(lanes, t, 0) : nullptr;
-    (lanes ? power_tile<kPower, true> : power_tile<kPower, false>)(x, t, p, odd, of_rows, of_lanes);
-  });
-}
-
-template <int kPower>
-void power_gradients(const Tensor& x, float p, bool odd, const Tensor& rows, const Tensor& lanes,
-                     const Tensor& dx, int64_t tile_lanes, int64_t threads) {
-  for_tiles(x, 16, tile_lanes, threads, [&](const Tile& t) {
-    alignas(64) float in[kMaxLanes], out[kMaxLanes];
-    const float* of_lanes = lanes ? lanes.as<float>() + t.batch * x.shape[2] + t.lane : nullptr;
-    for (int64_t r = t.row; r < t.row + t.rows; ++r) {
-      const float* values = read_row(x, t.batch, r, t.lane, t.lanes, in);
-      const float own = rows ? rows.as<float>()[t.batch * x.shape[1] + r] : 0.f;
-      void* to = place(dx, t.batch, r, t.lane);
-      float* made = dx.dtype == DType::f32 ? static_cast<float*>(to) : out;
-      (lanes ? power_gradient<kPower, true>
-             : power_gradient<kPower, false>)(values, t.lanes, p, odd, own, of_lanes, made);
-      store_tile(to, dx.dtype, t.lanes, made);
+void power_gradients(const PowerSums& of, const Output& dx) {
+  const Tensor& x = of.x;
+  const bool varied = of.lanes || of.lane_weight;
+  for_tiles(x, of.tile_rows, of.tile_lanes, of.threads, [&](const Tile& t) {
+    alignas(64) float in[kMaxLanes], out[kMaxLanes], lanes[kMaxLanes], weight[kMaxLanes];
+    const int64_t lane = t.batch * x.shape[2] + t.lane;
+    const int64_t group = of.rows || of.row_weight ? 1 : rows_at_once(x, t);
+    for (int64_t g = 0; varied && g < group; ++g) {
+      for (int64_t i = 0; i < t.lanes; ++i) {
+        lanes[g * t.lanes + i] = of.lanes ? of.lanes.as<float>()[lane + i] : 0.f;
+        weight[g * t.lanes + i] = of.lane_weight ? of.lane_weight.as<float>()[lane + i] : 1.f;
+      }
+    }
+    for (int64_t r = t.row; r < t.row + t.rows; r += group) {
+      const int64_t at = t.batch * x.shape[1] + r, n = least(group, t.row + t.rows - r) * t.lanes;
+      const float* values = read_row(x, t.batch, r, t.lane, n, in);
+      const float row = of.rows ? of.rows.as<float>()[at] : 0.f;
+      const float row_weight = of.row_weight ? of.row_weight.as<float>()[at] : 1.f;
+      float* made = dx.target(t.batch, r, t.lane, out);
+      (varied ? power_gradient<kPower, true>
+              : power_gradient<kPower, false>)(values, n, of.exponent, row, row_weight, lanes,
+                                               weight, made);
+      dx.put(t.batch, r, t.lane, n, made);
     }
   });
 }
 
-// `rows` and `lanes` receive the tiles' shares; either may be left out.
-void feature_power_sums(Tensor x, Tensor scalars, Tensor rows, Tensor lanes, int64_t exponent,
-                        bool odd, int64_t tile_rows, int64_t tile_lanes, int64_t threads) {
-  constexpr decltype(&power_sums<0>) kRun[] = {power_sums<0>, power_sums<1>, power_sums<2>,
-                                               power_sums<3>, power_sums<4>};
-  kRun[exponent](x, *scalars.as<float>(), odd, rows, lanes, tile_rows, tile_lanes, threads);
-}
-
 // `rows` (batch, rows) and `lanes` (batch, lanes) hold upstream gradients; either may be left out.
-void feature_power_gradient(Tensor x, Tensor scalars, Tensor rows, Tensor lanes, Tensor dx,
-                            int64_t exponent, bool odd, int64_t tile_lanes, int64_t threads) {
+void feature_power_gradient(Tensor x, Tensor row_weight, Tensor lane_weight, Tensor scalars,
+                            Tensor rows, Tensor lanes, Tensor dx, int64_t exponent, bool odd,
+                            int64_t tile_rows, int64_t tile_lanes, int64_t threads) {
   constexpr decltype(&power_gradients<0>) kRun[] = {power_gradients<0>, power_gradients<1>,
                                                     power_gradients<2>, power_gradients<3>,
                                                     power_gradients<4>};
-  kRun[exponent](x, *scalars.as<float>(), odd, rows, lanes, dx, tile_lanes, threads);
+  kRun[exponent]({x,
+                  row_weight,
+                  lane_weight,
+                  rows,
+                  lanes,
+                  {*scalars.as<float>(), odd},
+                  tile_rows,
+                  tile_lanes,
+                  threads},
+                 dx);
 }
 
 // ---- weighted differences ----
@@ -218,7 +310,7 @@ KDK_ONE_COPY void lane_sums(const float* s, const float* t, int64_t n, Side row,
 
 template <int kMeasure>
 void match(const Tensor& s, const Tensor& t, const Tensor* sides, float beta, float factor,
-           const Tensor& rows, const Tensor& lanes, const Tensor& ds, const Tensor& dt,
+           const Tensor& rows, const Tensor& lanes, const Output& ds, const Output& dt,
            int64_t tile_rows, int64_t tile_lanes, int64_t threads) {
   const Scale by{beta, 1.f / beta};
   const Tensor &row_weight = sides[0], &lane_weight = sides[1], &row_offset = sides[2],
@@ -249,15 +341,14 @@ void match(const Tensor& s, const Tensor& t, const Tensor* sides, float beta, fl
       if (ds || dt) {
         Side scaled = own;
         scaled.weight *= factor;
-        void* to = ds ? place(ds, tile.batch, tile.row + r, tile.lane) : nullptr;
-        float* made = ds && ds.dtype == DType::f32 ? static_cast<float*>(to) : out;
+        float* made = ds ? ds.target(tile.batch, tile.row + r, tile.lane, out) : out;
         (varied
              ? row_gradient<kMeasure, true>
              : row_gradient<kMeasure, false>)(x, y, n, scaled, of_lanes, by, &value, &slopes, made);
-        if (ds) store_tile(to, ds.dtype, n, made);
+        if (ds) ds.put(tile.batch, tile.row + r, tile.lane, n, made);
         if (dt) {
           for (int64_t i = 0; i < n; ++i) out[i] = -made[i];
-          store_tile(place(dt, tile.batch, tile.row + r, tile.lane), dt.dtype, n, out);
+          dt.put(tile.batch, tile.row + r, tile.lane, n, out);
         }
       } else {
         (varied ? row_sums<kMeasure, true>
@@ -351,13 +442,14 @@ KDK_ONE_COPY void lane_combination(const float* x, const float* y, int64_t n, co
 
 // `upstream` is (5, batch, rows) or (5, batch, lanes), the gradients of the moments.
 void feature_moments_gradient(Tensor s, Tensor t, Tensor upstream, Tensor ds, Tensor dt,
-                              bool of_lanes, int64_t tile_lanes, int64_t threads) {
+                              bool of_lanes, int64_t tile_rows, int64_t tile_lanes,
+                              int64_t threads) {
   const int64_t kept = upstream.shape[2], field = upstream.shape[1] * kept;
-  for_tiles(s, 16, tile_lanes, threads, [&](const Tile& tile) {
+  for_tiles(s, tile_rows, tile_lanes, threads, [&](const Tile& tile) {
     alignas(64) float in_s[kMaxLanes], in_t[kMaxLanes], out[kMaxLanes];
     alignas(64) double twice[kMaxLanes];
     for (int side = 0; side < 2; ++side) {
-      const Tensor& dx = side == 0 ? ds : dt;
+      const Output dx(side == 0 ? ds : dt);
       if (!dx) continue;
       const double* g = upstream.as<double>() + tile.batch * kept;
       const double *sum = g + side * field, *square = g + (2 + side) * field,
@@ -366,13 +458,12 @@ void feature_moments_gradient(Tensor s, Tensor t, Tensor upstream, Tensor ds, Te
       for (int64_t r = tile.row; r < tile.row + tile.rows; ++r) {
         const float* x = read_row(side == 0 ? s : t, tile.batch, r, tile.lane, tile.lanes, in_s);
         const float* y = read_row(side == 0 ? t : s, tile.batch, r, tile.lane, tile.lanes, in_t);
-        void* to = place(dx, tile.batch, r, tile.lane);
-        float* made = dx.dtype == DType::f32 ? static_cast<float*>(to) : out;
+        float* made = dx.target(tile.batch, r, tile.lane, out);
         if (of_lanes)
           lane_combination(x, y, tile.lanes, sum + tile.lane, twice, mixed + tile.lane, made);
         else
           row_combination(x, y, tile.lanes, sum[r], 2.0 * square[r], mixed[r], made);
-        store_tile(to, dx.dtype, tile.lanes, made);
+        dx.put(tile.batch, r, tile.lane, tile.lanes, made);
       }
     }
   });

@@ -196,9 +196,10 @@ def _sums(x: torch.Tensor, p: float, signed: bool, over_channels: bool, mean: bo
 
 def normalized(x: torch.Tensor, eps: float = EPS, add_eps: bool = False) -> torch.Tensor:
     """Rows over their lengths; a zero row stays zero and gets no gradient."""
-    alive = (x != 0).any(1, keepdim=True)
-    length = torch.linalg.vector_norm(x.where(alive, 1.0), dim=1, keepdim=True)
-    return (x / (length + eps if add_eps else length.clamp_min(eps))).where(alive, 0.0)
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)  # its own gradient at 0 is 0
+    alive = length != 0
+    length = length.where(alive, 1.0)
+    return x * (1.0 / (length + eps if add_eps else length.clamp_min(eps))).where(alive, 0.0)
 
 
 def _attention(

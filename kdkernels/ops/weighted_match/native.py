@@ -8,12 +8,12 @@ import torch
 
 from kdkernels import backends
 
-TILE_ROWS, TILE_LANES = 128, 1024  # the kernels keep a tile's lanes in buffers of this size
+TILE_ELEMENTS, TILE_LANES = 1 << 17, 1024  # the kernels keep a tile's lanes in buffers of this size
 
 
 def tile(lanes: int) -> tuple[int, int]:
     """Rows and lanes of a tile, of a map with this many lanes."""
-    return TILE_ROWS, TILE_LANES
+    return TILE_ELEMENTS // min(lanes, TILE_LANES), TILE_LANES
 
 
 def call(backend: str, name: str, x: torch.Tensor, *args: Any) -> None:

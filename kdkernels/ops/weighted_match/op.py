@@ -216,23 +216,26 @@ def match(
 
 
 def _power_sums(
-    x: torch.Tensor, scalars: torch.Tensor, exponent: int, odd: bool, rows: bool, lanes: bool, backend: str
-) -> MAP:
-    out_rows, out_lanes = _power_sums_fake(x, scalars, exponent, odd, rows, lanes, backend)
+    x: torch.Tensor, row_weight: torch.Tensor | None, lane_weight: torch.Tensor | None, scalars: torch.Tensor,
+    exponent: int, odd: bool, rows: bool, lanes: bool, backend: str,
+) -> MAP:  # fmt: skip
+    out_rows, out_lanes = _power_sums_fake(x, row_weight, lane_weight, scalars, exponent, odd, rows, lanes, backend)
     if x.numel() == 0:
         return out_rows.zero_(), out_lanes.zero_()
     kernels, x = _kernels(backend), _packed(x)
     tile = kernels.tile(x.shape[2])
     of_rows = _shares(x, True, 1, tile, torch.float32) if rows else None
     of_lanes = _shares(x, False, 1, tile, torch.float32) if lanes else None
-    kernels.call(backend, "feature_power_sums", x, scalars, of_rows, of_lanes, exponent, int(odd), *tile)
+    kernels.call(
+        backend, "feature_power_sums", x, row_weight, lane_weight, scalars, of_rows, of_lanes, exponent, int(odd), *tile
+    )
     return (
         out_rows if of_rows is None else _joined(of_rows)[0],
         out_lanes if of_lanes is None else _joined(of_lanes)[0],
     )
 
 
-def _power_sums_fake(x, scalars, exponent, odd, rows, lanes, backend):
+def _power_sums_fake(x, row_weight, lane_weight, scalars, exponent, odd, rows, lanes, backend):
     batch, height, width = x.shape
     options = {"dtype": torch.float32, "device": x.device}
     return (
@@ -242,63 +245,76 @@ def _power_sums_fake(x, scalars, exponent, odd, rows, lanes, backend):
 
 
 def _power_gradient(
-    x: torch.Tensor,
-    scalars: torch.Tensor,
-    rows: torch.Tensor | None,
-    lanes: torch.Tensor | None,
-    exponent: int,
-    odd: bool,
-    backend: str,
-) -> torch.Tensor:
-    dx = _power_gradient_fake(x, scalars, rows, lanes, exponent, odd, backend)
+    x: torch.Tensor, row_weight: torch.Tensor | None, lane_weight: torch.Tensor | None, scalars: torch.Tensor,
+    rows: torch.Tensor | None, lanes: torch.Tensor | None, exponent: int, odd: bool, backend: str,
+) -> torch.Tensor:  # fmt: skip
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
         kernels, x = _kernels(backend), _packed(x)
         kernels.call(
-            backend, "feature_power_gradient", x, scalars, _small(rows), _small(lanes), dx, exponent, int(odd),
-            kernels.tile(x.shape[2])[1],
+            backend, "feature_power_gradient", x, row_weight, lane_weight, scalars, _small(rows), _small(lanes), dx,
+            exponent, int(odd), *kernels.tile(x.shape[2]),
         )  # fmt: skip
     return dx
 
 
-def _power_gradient_fake(x, scalars, rows, lanes, exponent, odd, backend):
+def _power_gradient_fake(x, row_weight, lane_weight, scalars, rows, lanes, exponent, odd, backend):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 power_sums_op = define(
-    "feature_power_sums(Tensor x, Tensor scalars, int exponent, bool odd, bool rows, bool lanes, str backend) "
-    "-> (Tensor, Tensor)",
+    "feature_power_sums(Tensor x, Tensor? row_weight, Tensor? lane_weight, Tensor scalars, int exponent, bool odd, "
+    "bool rows, bool lanes, str backend) -> (Tensor, Tensor)",
     _power_sums,
     _power_sums_fake,
 )
 power_gradient_op = define(
-    "feature_power_gradient(Tensor x, Tensor scalars, Tensor? rows, Tensor? lanes, int exponent, bool odd, str backend) "
-    "-> Tensor",
+    "feature_power_gradient(Tensor x, Tensor? row_weight, Tensor? lane_weight, Tensor scalars, Tensor? rows, "
+    "Tensor? lanes, int exponent, bool odd, str backend) -> Tensor",
     _power_gradient,
     _power_gradient_fake,
 )
 
 
 class PowerSums(torch.autograd.Function):
+    """The weights' gradients are the same sums, with the other side's upstream as weights."""
+
     @staticmethod
-    def forward(ctx, x, scalars, options):
-        rows, lanes = power_sums_op(x, scalars, *options)
-        ctx.save_for_backward(rows if rows.numel() else lanes, x, scalars)
+    def forward(ctx, x, row_weight, lane_weight, scalars, options):
+        sides = _small(row_weight), _small(lane_weight)
+        rows, lanes = power_sums_op(x, *sides, scalars, *options)
+        ctx.save_for_backward(rows if rows.numel() else lanes, x, *sides, scalars)
         ctx.options = options
         return rows, lanes
 
     @staticmethod
     def backward(ctx, rows, lanes):
-        output, x, scalars = ctx.saved_tensors
+        output, x, row_weight, lane_weight, scalars = ctx.saved_tensors
         exponent, odd, of_rows, of_lanes, backend = ctx.options
+        want_x, want_row, want_lane = ctx.needs_input_grad[:3]
+        dx = d_row = d_lane = None
         with torch.no_grad():
-            dx = power_gradient_op(
-                x, scalars, rows if of_rows else None, lanes if of_lanes else None, exponent, odd, backend
-            )
-        return (*first_order("feature_power_sums", output, (dx,)), None, None)
+            rows, lanes = _small(rows if of_rows else None), _small(lanes if of_lanes else None)
+            if want_x:
+                dx = power_gradient_op(x, row_weight, lane_weight, scalars, rows, lanes, exponent, odd, backend)
+            if want_row or want_lane:
+                d_row, d_lane = power_sums_op(
+                    x, rows, lanes, scalars, exponent, odd, want_row and of_lanes, want_lane and of_rows, backend
+                )
+        d_row, d_lane = d_row if want_row else None, d_lane if want_lane else None
+        return (*first_order("feature_power_sums", output, (dx, d_row, d_lane)), None, None)
 
 
 def power_sums(
-    x: torch.Tensor, p: float, *, signed: bool = False, rows: bool = False, lanes: bool = False, backend: str
+    x: torch.Tensor,
+    p: float,
+    *,
+    signed: bool = False,
+    rows: bool = False,
+    lanes: bool = False,
+    row_weight: torch.Tensor | None = None,
+    lane_weight: torch.Tensor | None = None,
+    backend: str,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Sums of |x|^p over the lanes of every row, (batch, rows), and over the rows of every lane, (batch, lanes).
 
@@ -307,13 +323,16 @@ def power_sums(
         p: at least 1; 1 to 4 are multiplications.
         signed: x^p instead, for an integer p.
         rows, lanes: which of the two to make, in one read; None stands for the other.
+        row_weight: (batch, rows), in the sums of the lanes. It gets a gradient.
+        lane_weight: (batch, lanes), in the sums of the rows.
         backend: a resolved one.
     """
     if backend == "reference":
-        return reference.power_sums(x, p, signed, rows, lanes)
+        return reference.power_sums(x, p, signed, rows, lanes, row_weight, lane_weight)
     exponent = int(p) if p in (1, 2, 3, 4) else 0
     odd = signed and p % 2 == 1
-    of_rows, of_lanes = PowerSums.apply(x, pack((p, 0.0)), (exponent, odd, rows, lanes, backend))
+    options = exponent, odd, rows, lanes, backend
+    of_rows, of_lanes = PowerSums.apply(x, row_weight, lane_weight, pack((p, 0.0)), options)
     return of_rows if rows else None, of_lanes if lanes else None
 
 
@@ -347,7 +366,7 @@ def _moments_gradient(
         kernels, s, t = _kernels(backend), _packed(s), _packed(t)
         kernels.call(
             backend, "feature_moments_gradient", s, t, upstream.contiguous(), ds if want_student else None,
-            dt if want_teacher else None, int(lanes), kernels.tile(s.shape[2])[1],
+            dt if want_teacher else None, int(lanes), *kernels.tile(s.shape[2]),
         )  # fmt: skip
     return ds, dt
 

@@ -52,8 +52,16 @@ def power(x: torch.Tensor, p: float, signed: bool) -> torch.Tensor:
 
 
 def power_sums(
-    x: torch.Tensor, p: float, signed: bool, rows: bool, lanes: bool
+    x: torch.Tensor,
+    p: float,
+    signed: bool,
+    rows: bool,
+    lanes: bool,
+    row_weight: torch.Tensor | None,
+    lane_weight: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The same operation as op.power_sums."""
     y = power(x, p, signed)
-    return y.sum(2) if rows else None, y.sum(1) if lanes else None
+    of_rows = y if lane_weight is None else y * lane_weight.unsqueeze(1)
+    of_lanes = y if row_weight is None else y * row_weight.unsqueeze(2)
+    return of_rows.sum(2) if rows else None, of_lanes.sum(1) if lanes else None

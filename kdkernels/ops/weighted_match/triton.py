@@ -98,39 +98,50 @@ def _power_slope(x, p, EXPONENT: tl.constexpr, ODD: tl.constexpr):
 
 
 @triton.jit
+def _weights(weight, at, mask, SIZE: tl.constexpr):
+    """Weights from an optional tensor: 1 where there is none."""
+    if weight is None:
+        return tl.full([SIZE], 1.0, tl.float32)
+    return tl.load(weight + at, mask=mask, other=0.0)
+
+
+@triton.jit
 def power_sums_kernel(
-    x, rows, lanes, batch, height, width, by_batch, by_row, tile_rows, p, EXPONENT: tl.constexpr, ODD: tl.constexpr,
-    ROWS: tl.constexpr, LANES: tl.constexpr,
+    x, row_weight, lane_weight, rows, lanes, batch, height, width, by_batch, by_row, tile_rows, p,
+    EXPONENT: tl.constexpr, ODD: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     lane_piece, row_piece, b, row, end, lane = _tile(height, width, tile_rows, LANES)
+    of_lane = _weights(lane_weight, b * width + lane, lane < width, LANES)
     total = tl.zeros([LANES], tl.float32)
     for r0 in range(row, end, ROWS):
         r = r0 + tl.arange(0, ROWS)
         inside = (r < end)[:, None] & (lane < width)[None, :]
         y = tl.where(inside, _power(_load(x, b, r, lane, inside, by_batch, by_row), p, EXPONENT, ODD), 0.0)
         if rows is not None:
-            tl.store(_share(rows, lane_piece, 0, 1, b, batch, height) + r, tl.sum(y, 1), mask=r < end)
+            sums = tl.sum(y * of_lane[None, :], 1)
+            tl.store(_share(rows, lane_piece, 0, 1, b, batch, height) + r, sums, mask=r < end)
         if lanes is not None:
-            total += tl.sum(y, 0)
+            total += tl.sum(y * _weights(row_weight, b * height + r, r < end, ROWS)[:, None], 0)
     if lanes is not None:
         tl.store(_share(lanes, row_piece, 0, 1, b, batch, width) + lane, total, mask=lane < width)
 
 
 @triton.jit
 def power_gradient_kernel(
-    x, rows, lanes, dx, height, width, by_batch, by_row, tile_rows, p, EXPONENT: tl.constexpr, ODD: tl.constexpr,
-    ROWS: tl.constexpr, LANES: tl.constexpr,
+    x, row_weight, lane_weight, rows, lanes, dx, height, width, by_batch, by_row, tile_rows, p,
+    EXPONENT: tl.constexpr, ODD: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     _lane_piece, _row_piece, b, row, end, lane = _tile(height, width, tile_rows, LANES)
+    of_lane = _weights(lane_weight, b * width + lane, lane < width, LANES)
     own = tl.zeros([LANES], tl.float32)
     if lanes is not None:
         own = tl.load(lanes + b * width + lane, mask=lane < width, other=0.0)
     for r0 in range(row, end, ROWS):
         r = r0 + tl.arange(0, ROWS)
         inside = (r < end)[:, None] & (lane < width)[None, :]
-        g = own[None, :]
+        g = own[None, :] * _weights(row_weight, b * height + r, r < end, ROWS)[:, None]
         if rows is not None:
-            g += tl.load(rows + b * height + r, mask=r < end, other=0.0)[:, None]
+            g += tl.load(rows + b * height + r, mask=r < end, other=0.0)[:, None] * of_lane[None, :]
         g *= _power_slope(_load(x, b, r, lane, inside, by_batch, by_row), p, EXPONENT, ODD)
         at = (b * height + r[:, None]) * width + lane[None, :]
         tl.store(dx + at, cast(g, dx.dtype.element_ty), mask=inside)
@@ -276,18 +287,23 @@ def _grid(x: torch.Tensor, tile_rows: int, tile_lanes: int) -> tuple[tuple[int],
     return (programs,), {"ROWS": max(1, ELEMENTS // tile_lanes), "LANES": tile_lanes, "num_warps": 4}
 
 
-def feature_power_sums(x, scalars, rows, lanes, exponent, odd, tile_rows, tile_lanes):
+def feature_power_sums(x, row_weight, lane_weight, scalars, rows, lanes, exponent, odd, tile_rows, tile_lanes):
     grid, options = _grid(x, tile_rows, tile_lanes)
     p, _ = scalars.tolist()
-    power_sums_kernel[grid](x, rows, lanes, *x.shape, *x.stride()[:2], tile_rows, p, exponent, odd != 0, **options)
+    power_sums_kernel[grid](
+        x, row_weight, lane_weight, rows, lanes, *x.shape, *x.stride()[:2], tile_rows, p, exponent, odd != 0, **options
+    )
 
 
-def feature_power_gradient(x, scalars, rows, lanes, dx, exponent, odd, tile_lanes):
-    grid, options = _grid(x, TILE_ROWS, tile_lanes)
+def feature_power_gradient(
+    x, row_weight, lane_weight, scalars, rows, lanes, dx, exponent, odd, tile_rows, tile_lanes
+):  # fmt: skip
+    grid, options = _grid(x, tile_rows, tile_lanes)
     p, _ = scalars.tolist()
     power_gradient_kernel[grid](
-        x, rows, lanes, dx, *x.shape[1:], *x.stride()[:2], TILE_ROWS, p, exponent, odd != 0, **options
-    )
+        x, row_weight, lane_weight, rows, lanes, dx, *x.shape[1:], *x.stride()[:2], tile_rows, p, exponent, odd != 0,
+        **options,
+    )  # fmt: skip
 
 
 def feature_match(
@@ -307,12 +323,12 @@ def feature_moments(s, t, rows, lanes, tile_rows, tile_lanes):
     moments_kernel[grid](s, t, rows, lanes, *s.shape, *s.stride()[:2], *t.stride()[:2], tile_rows, **options)
 
 
-def feature_moments_gradient(s, t, upstream, ds, dt, of_lanes, tile_lanes):
-    grid, options = _grid(s, TILE_ROWS, tile_lanes)
+def feature_moments_gradient(s, t, upstream, ds, dt, of_lanes, tile_rows, tile_lanes):
+    grid, options = _grid(s, tile_rows, tile_lanes)
     for first, (x, y, dx) in enumerate(((s, t, ds), (t, s, dt))):
         if dx is not None:
             moments_gradient_kernel[grid](
-                x, y, upstream, dx, first, *s.shape, *x.stride()[:2], *y.stride()[:2], TILE_ROWS, of_lanes != 0,
+                x, y, upstream, dx, first, *s.shape, *x.stride()[:2], *y.stride()[:2], tile_rows, of_lanes != 0,
                 **options,
             )  # fmt: skip
 
@@ -334,8 +350,8 @@ def aot_signatures() -> list[dict]:
         none = dict.fromkeys(("row_weight", "lane_weight", "row_offset", "lane_offset", "upstream", "dt"))
         double = {"rows": "*fp64", "lanes": None, "upstream": "*fp64"}
         for name, kernel, own, constexprs in (
-            ("sums of squares", power_sums_kernel, {**small, "rows": None}, {"EXPONENT": 2, "ODD": False}),
-            ("their gradient", power_gradient_kernel, {**small, "rows": None}, {"EXPONENT": 2, "ODD": False}),
+            ("sums of squares", power_sums_kernel, {**none, **small, "rows": None}, {"EXPONENT": 2, "ODD": False}),
+            ("their gradient", power_gradient_kernel, {**none, **small, "rows": None}, {"EXPONENT": 2, "ODD": False}),
             ("match", match_kernel, {**small, **none, "lanes": None}, {"MEASURE": SQUARED}),
             ("weighted match", match_kernel, {**small, **none, "row_weight": "*fp32", "lane_weight": "*fp32",
              "lanes": None}, {"MEASURE": SQUARED}),
