@@ -195,27 +195,30 @@ void feature_power_sums(Tensor x, Tensor row_weight, Tensor lane_weight, Tensor 
 }
 
 // dx = (lane weight x the row's upstream + row weight x the lane's) x the power's derivative.
-template <int kPower, bool kLanes>
+template <int kPower, int kSums>
 KDK_ONE_COPY void power_gradient(const float* x, int64_t n, Exponent e, float row, float weight,
                                  const float* lanes, const float* lane_weight, float* dx) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i)
-    dx[i] = (kLanes ? row * lane_weight[i] + weight * lanes[i] : row) *
+    dx[i] = ((kSums & kWeighted ? row * lane_weight[i] : row) +
+             (kSums & kOfLanes ? weight * lanes[i] : 0.f)) *
             power_slope<kPower>(x[i], e.p, e.odd);
 }
 
 template <int kPower>
 void power_gradients(const PowerSums& of, const Output& dx) {
   const Tensor& x = of.x;
-  const bool varied = of.lanes || of.lane_weight;
+  const auto run = of.lane_weight ? power_gradient<kPower, kOfLanes + kWeighted>
+                   : of.lanes     ? power_gradient<kPower, kOfLanes>
+                                  : power_gradient<kPower, kOfRows>;
   for_tiles(x, of.tile_rows, of.tile_lanes, of.threads, [&](const Tile& t) {
     alignas(64) float in[kMaxLanes], out[kMaxLanes], lanes[kMaxLanes], weight[kMaxLanes];
     const int64_t lane = t.batch * x.shape[2] + t.lane;
     const int64_t group = of.rows || of.row_weight ? 1 : rows_at_once(x, t);
-    for (int64_t g = 0; varied && g < group; ++g) {
+    for (int64_t g = 0; g < group * t.lanes; g += t.lanes) {
       for (int64_t i = 0; i < t.lanes; ++i) {
-        lanes[g * t.lanes + i] = of.lanes ? of.lanes.as<float>()[lane + i] : 0.f;
-        weight[g * t.lanes + i] = of.lane_weight ? of.lane_weight.as<float>()[lane + i] : 1.f;
+        lanes[g + i] = of.lanes ? of.lanes.as<float>()[lane + i] : 0.f;
+        weight[g + i] = of.lane_weight ? of.lane_weight.as<float>()[lane + i] : 1.f;
       }
     }
     for (int64_t r = t.row; r < t.row + t.rows; r += group) {
@@ -224,9 +227,7 @@ void power_gradients(const PowerSums& of, const Output& dx) {
       const float row = of.rows ? of.rows.as<float>()[at] : 0.f;
       const float row_weight = of.row_weight ? of.row_weight.as<float>()[at] : 1.f;
       float* made = dx.target(t.batch, r, t.lane, out);
-      (varied ? power_gradient<kPower, true>
-              : power_gradient<kPower, false>)(values, n, of.exponent, row, row_weight, lanes,
-                                               weight, made);
+      run(values, n, of.exponent, row, row_weight, lanes, weight, made);
       dx.put(t.batch, r, t.lane, n, made);
     }
   });
