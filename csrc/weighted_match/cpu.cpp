@@ -258,22 +258,24 @@ void feature_power_gradient(Tensor x, Tensor row_weight, Tensor lane_weight, Ten
 struct Side {
   float weight = 1.f, offset = 0.f;
 };
+// Which of these the lanes have. An array that is not needed is not read: each is one more stream.
+enum LaneSides : int { kAlike = 0, kWeights = 1, kWeightsAndOffsets = 3 };
 struct Lanes {
-  const float *weight, *offset;  // both null where lanes are all alike
+  const float *weight, *offset;
 };
 struct Scale {
   float beta, inverse_beta;
 };
 
 // A row's sums of lane weight x (measure, slope).
-template <int kMeasure, bool kLanes>
+template <int kMeasure, int kSides>
 KDK_ONE_COPY void row_sums(const float* s, const float* t, int64_t n, float offset, Lanes lanes,
                            Scale by, float* value, float* slopes) {
   float a = 0.f, b = 0.f;
 #pragma omp simd reduction(+ : a, b)
   for (int64_t i = 0; i < n; ++i) {
-    const float d = kLanes ? s[i] - t[i] + offset + lanes.offset[i] : s[i] - t[i] + offset;
-    const float w = kLanes ? lanes.weight[i] : 1.f;
+    const float d = s[i] - t[i] + offset + (kSides & 2 ? lanes.offset[i] : 0.f);
+    const float w = kSides & 1 ? lanes.weight[i] : 1.f;
     a += w * measure<kMeasure>(d, by.beta, by.inverse_beta);
     b += w * slope<kMeasure>(d, by.inverse_beta);
   }
@@ -281,14 +283,14 @@ KDK_ONE_COPY void row_sums(const float* s, const float* t, int64_t n, float offs
 }
 
 // The same with the student's gradient.
-template <int kMeasure, bool kLanes>
+template <int kMeasure, int kSides>
 KDK_ONE_COPY void row_gradient(const float* s, const float* t, int64_t n, Side row, Lanes lanes,
                                Scale by, float* value, float* slopes, float* ds) {
   float a = 0.f, b = 0.f;
 #pragma omp simd reduction(+ : a, b)
   for (int64_t i = 0; i < n; ++i) {
-    const float d = kLanes ? s[i] - t[i] + row.offset + lanes.offset[i] : s[i] - t[i] + row.offset;
-    const float w = kLanes ? lanes.weight[i] : 1.f;
+    const float d = s[i] - t[i] + row.offset + (kSides & 2 ? lanes.offset[i] : 0.f);
+    const float w = kSides & 1 ? lanes.weight[i] : 1.f;
     const float c = w * slope<kMeasure>(d, by.inverse_beta);
     a += w * measure<kMeasure>(d, by.beta, by.inverse_beta);
     b += c;
@@ -316,12 +318,18 @@ void match(const Tensor& s, const Tensor& t, const Tensor* sides, float beta, fl
   const Scale by{beta, 1.f / beta};
   const Tensor &row_weight = sides[0], &lane_weight = sides[1], &row_offset = sides[2],
                &lane_offset = sides[3];
-  const bool varied = lane_weight || lane_offset || lanes;
+  const bool offsets = lane_offset || lanes, weights = lane_weight || offsets;
+  const auto sums = offsets   ? row_sums<kMeasure, kWeightsAndOffsets>
+                    : weights ? row_sums<kMeasure, kWeights>
+                              : row_sums<kMeasure, kAlike>;
+  const auto gradient = offsets   ? row_gradient<kMeasure, kWeightsAndOffsets>
+                        : weights ? row_gradient<kMeasure, kWeights>
+                                  : row_gradient<kMeasure, kAlike>;
   for_tiles(s, tile_rows, tile_lanes, threads, [&](const Tile& tile) {
     alignas(64) float in_s[kMaxLanes], in_t[kMaxLanes], out[kMaxLanes], weight[kMaxLanes],
         offset[kMaxLanes];
     const int64_t n = tile.lanes, lane = tile.batch * s.shape[2] + tile.lane;
-    for (int64_t i = 0; varied && i < n; ++i) {
+    for (int64_t i = 0; weights && i < n; ++i) {
       weight[i] = lane_weight ? lane_weight.as<float>()[lane + i] : 1.f;
       offset[i] = lane_offset ? lane_offset.as<float>()[lane + i] : 0.f;
     }
@@ -343,17 +351,14 @@ void match(const Tensor& s, const Tensor& t, const Tensor* sides, float beta, fl
         Side scaled = own;
         scaled.weight *= factor;
         float* made = ds ? ds.target(tile.batch, tile.row + r, tile.lane, out) : out;
-        (varied
-             ? row_gradient<kMeasure, true>
-             : row_gradient<kMeasure, false>)(x, y, n, scaled, of_lanes, by, &value, &slopes, made);
+        gradient(x, y, n, scaled, of_lanes, by, &value, &slopes, made);
         if (ds) ds.put(tile.batch, tile.row + r, tile.lane, n, made);
         if (dt) {
           for (int64_t i = 0; i < n; ++i) out[i] = -made[i];
           dt.put(tile.batch, tile.row + r, tile.lane, n, out);
         }
       } else {
-        (varied ? row_sums<kMeasure, true>
-                : row_sums<kMeasure, false>)(x, y, n, own.offset, of_lanes, by, &value, &slopes);
+        sums(x, y, n, own.offset, of_lanes, by, &value, &slopes);
       }
       if (rows) {
         share_of_rows<float>(rows, tile, 0)[r] = value;

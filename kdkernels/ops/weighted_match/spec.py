@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kdkernels.losses import features
+from kdkernels.losses import detection, feature_statistics, features, retrieval
 from kdkernels.ops.registry import Case, Shape, Spec
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -19,7 +19,14 @@ BENCH = {"cifar": (64, 64, 32, 32), "cifar, 256 channels": (64, 256, 8, 8), "ima
          "imagenet, 512 channels": (256, 512, 7, 7), "detection": (2, 256, 100, 168)}  # fmt: skip
 BENCH_GPU = {"imagenet, 64 channels": (256, 64, 56, 56), "imagenet": (256, 256, 14, 14),
              "imagenet, 512 channels": (256, 512, 7, 7), "detection": (2, 256, 100, 168)}  # fmt: skip
+FPN = {"detection": (2, 256, 100, 168), "detection, third level": (2, 256, 25, 42)}
+MAPS: tuple[Shape, ...] = ((2, 3, 5, 7), (3, 9, 2, 2), (1, 130, 3, 11), (2, 5, 33, 40))
+VECTORS: tuple[Shape, ...] = ((5, 7), (3, 2), (2, 5, 130), (33, 1030))
+BENCH_MAPS = {k: BENCH[k] for k in ("cifar", "detection")}
+BENCH_VECTORS = {"embeddings": (8192, 1024), "hidden states": (2, 2048, 4096)}
 PAIR = ("student_features", "teacher_features")
+STUDENT = PAIR[:1]
+VECTOR_PAIR = ("student", "teacher")
 
 
 def make_features(shape: Shape, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -60,6 +67,87 @@ def eager_channel_attention(student_features: torch.Tensor, teacher_features: to
     return (at(student_features) - at(teacher_features)).pow(2).mean()
 
 
+def make_vectors(shape: Shape, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    return {name: torch.randn(shape, generator=generator) for name in ("student", "teacher")}
+
+
+def make_variances(shape: Shape, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    return {**make_features(shape, generator), "raw_variance": torch.randn(shape[1], generator=generator)}
+
+
+def make_boxes(shape: Shape, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Maps, and up to 100 boxes an image: some padding, some beyond the edges."""
+    n, _, height, width = shape
+    count = 100 if height * width > 4000 else 3
+    corners = torch.rand(n, count, 2, 2, generator=generator) * 1.2 - 0.1
+    if count > 3:  # as large as objects are
+        corners[:, :, 1] = corners[:, :, 0] + 0.15 * corners[:, :, 1].abs()
+    low, high = corners.amin(2), corners.amax(2)
+    boxes = torch.cat([low, high], 2) * torch.tensor([width, height, width, height])
+    boxes[:, ::5] = -1.0
+    boxes[:, ::5, 2:] = -2.0
+    return {**make_features(shape, generator), "boxes": boxes}
+
+
+def eager_fgd(
+    student_features: torch.Tensor, teacher_features: torch.Tensor, boxes: torch.Tensor, **_: Any
+) -> torch.Tensor:
+    """The authors' lines without the global context."""
+    s, t = student_features, teacher_features
+    n, channels, height, width = s.shape
+
+    def attention(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        value = x.abs()
+        of_pixels = height * width * F.softmax((value.mean(1) / 0.5).view(n, -1), 1).view(n, height, width)
+        return of_pixels, channels * F.softmax(value.mean(2).mean(2) / 0.5, 1)
+
+    pixels_t, channels_t = attention(t)
+    pixels_s, channels_s = attention(s)
+    front, back = torch.zeros_like(pixels_t), torch.ones_like(pixels_t)
+    for i in range(n):
+        for x1, y1, x2, y2 in boxes[i].tolist():
+            if x2 < x1 or y2 < y1:
+                continue
+            left, top, right, low = math.floor(x1), math.floor(y1), math.ceil(x2), math.ceil(y2)
+            area = 1.0 / (low + 1 - top) / (right + 1 - left)
+            where = (slice(max(top, 0), max(low + 1, 0)), slice(max(left, 0), max(right + 1, 0)))
+            front[i][where] = front[i][where].clamp_min(area)
+        back[i] = torch.where(front[i] > 0, 0, 1)
+        if torch.sum(back[i]):
+            back[i] /= torch.sum(back[i])
+
+    def seen(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        x = torch.mul(x, torch.sqrt(pixels_t.unsqueeze(1)))
+        x = torch.mul(x, torch.sqrt(channels_t[:, :, None, None]))
+        return torch.mul(x, torch.sqrt(mask.unsqueeze(1)))
+
+    focal = 1e-3 * F.mse_loss(seen(s, front), seen(t, front), reduction="sum") / n
+    focal = focal + 5e-4 * F.mse_loss(seen(s, back), seen(t, back), reduction="sum") / n
+    mask = ((channels_s - channels_t).abs().sum() + (pixels_s - pixels_t).abs().sum()) / n
+    return focal + 1e-3 * mask
+
+
+def eager_pearson(student_features: torch.Tensor, teacher_features: torch.Tensor, **_: Any) -> torch.Tensor:
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        n, c, h, w = x.shape
+        x = x.permute(1, 0, 2, 3).reshape(c, -1)
+        x = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6)
+        return x.reshape(c, n, h, w).permute(1, 0, 2, 3)
+
+    return F.mse_loss(norm(student_features), norm(teacher_features)) / 2
+
+
+def eager_variational(
+    student_features: torch.Tensor, teacher_features: torch.Tensor, raw_variance: torch.Tensor, **_: Any
+) -> torch.Tensor:
+    variance = (torch.log(1.0 + torch.exp(raw_variance)) + 1e-5).view(1, -1, 1, 1)
+    return torch.mean(0.5 * ((student_features - teacher_features) ** 2 / variance + torch.log(variance)))
+
+
+def eager_cosine(student: torch.Tensor, teacher: torch.Tensor, **_: Any) -> torch.Tensor:
+    return (1 - F.cosine_similarity(student, teacher, dim=-1)).mean()
+
+
 def floor_bytes(shape: Shape, itemsize: int, backward: bool) -> int:
     """Read both maps, write the student's gradient."""
     return math.prod(shape) * itemsize * (3 if backward else 2)
@@ -67,11 +155,12 @@ def floor_bytes(shape: Shape, itemsize: int, backward: bool) -> int:
 
 def _case(
     name: str, function: Callable[..., torch.Tensor], eager: Any = None, make: Any = make_features,
-    shapes: tuple[Shape, ...] = SHAPES, bench: bool = False, grads: tuple[str, ...] = PAIR, **options: Any,
+    shapes: tuple[Shape, ...] = SHAPES, bench: Any = None, bench_gpu: Any = None, grads: tuple[str, ...] = PAIR,
+    **options: Any,
 ) -> Case:  # fmt: skip
     return Case(
-        name, function, make, options, eager, grads=grads, shapes=shapes, bench=BENCH if bench else {},
-        bench_gpu=BENCH_GPU if bench else {}, floor_bytes=floor_bytes, bench_dtypes=(F32, BF16), headline=bench,
+        name, function, make, options, eager, grads=grads, shapes=shapes, bench=bench or {}, bench_gpu=bench_gpu or {},
+        floor_bytes=floor_bytes, bench_dtypes=(F32, BF16), headline=bench is BENCH or bench is FPN,
     )  # fmt: skip
 
 
@@ -79,12 +168,12 @@ SPEC = Spec(
     family="weighted_match",
     backends=("reference", "cpu", "triton"),
     cases=(
-        _case("hint", features.hint_loss, eager_hint, bench=True),
+        _case("hint", features.hint_loss, eager_hint, bench=BENCH, bench_gpu=BENCH_GPU),
         _case("hint-channels-last", features.hint_loss, make=make_channels_last),
         _case("hint-absolute", features.hint_loss, measure="absolute", reduction="sum"),
         _case("hint-smooth-l1", features.hint_loss, shapes=TOKENS, measure="smooth_l1", beta=0.5, dim=-1),
         _case("hint-normalized", features.hint_loss, shapes=(SHAPES[0], *SHAPES[2:]), normalize=True, reduction="batchmean"),
-        _case("attention_transfer", features.attention_transfer_loss, eager_attention, bench=True),
+        _case("attention_transfer", features.attention_transfer_loss, eager_attention, bench=BENCH, bench_gpu=BENCH_GPU),
         _case("attention_transfer-channels-last", features.attention_transfer_loss, make=make_channels_last),
         _case("attention_transfer-p1", features.attention_transfer_loss, make=make_wider_teacher, p=1.0, distance="norm"),
         _case("attention_transfer-p3", features.attention_transfer_loss, p=3.0, signed=True),
@@ -92,5 +181,19 @@ SPEC = Spec(
               eps=1e-6, add_eps=True),
         _case("attention_transfer-p1.5", features.attention_transfer_loss, p=1.5),
         _case("channel_attention_transfer", features.channel_attention_transfer_loss, eager_channel_attention),
+        _case("fgd", detection.fgd_loss, eager_fgd, make_boxes, MAPS, FPN, FPN, STUDENT),
+        _case("fgd-image-size", detection.fgd_loss, None, make_boxes, MAPS[:2], grads=STUDENT, image_size=(9, 11),
+              temperature=1.0, foreground_weight=2e-3),
+        _case("variational_information", feature_statistics.variational_information_loss, eager_variational,
+              make_variances, MAPS, BENCH_MAPS, BENCH_GPU, (*PAIR, "raw_variance")),
+        _case("pearson_feature", feature_statistics.pearson_feature_loss, eager_pearson, make_features, MAPS, BENCH_MAPS,
+              BENCH_GPU),
+        _case("pearson_feature-channels-last", feature_statistics.pearson_feature_loss, None, make_channels_last, MAPS),
+        _case("hierarchical_context", feature_statistics.hierarchical_context_loss, None, make_features,
+              ((2, 3, 5, 7), (1, 4, 8, 8), (2, 3, 3, 3))),
+        _case("cosine", retrieval.cosine_loss, eager_cosine, make_vectors, VECTORS, BENCH_VECTORS, BENCH_VECTORS,
+              VECTOR_PAIR),
+        _case("cosine-maps", retrieval.cosine_loss, None, make_vectors, MAPS, grads=VECTOR_PAIR, dim=1,
+              reduction="none"),
     ),
 )  # fmt: skip

@@ -1,0 +1,454 @@
+"""Losses for detectors: focal and global features, class scores, boxes, and the rank of candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kdkernels import backends
+from kdkernels.losses import checks
+from kdkernels.losses.features import SUPPORTED, adapted, as_wide, checked, hint_loss
+from kdkernels.losses.logits import kl_div
+from kdkernels.losses.module import LossModule
+from kdkernels.ops.scalars import Number
+from kdkernels.ops.weighted_match import op as maps
+from kdkernels.ops.weighted_match.maps import oriented
+
+BOXES_AT_ONCE = 8  # of an image, while they are drawn: a map of its size for each
+Boxes = torch.Tensor | Sequence[torch.Tensor]
+
+
+def padded_boxes(boxes: Boxes, batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Boxes of every image as (N, M, 4), and which of them are there, (N, M)."""
+    if isinstance(boxes, torch.Tensor):
+        if boxes.dim() != 3 or boxes.shape[0] != batch or boxes.shape[2] != 4:
+            raise ValueError(f"boxes must be (N, M, 4) with N = {batch}, or a list of (m, 4); got {tuple(boxes.shape)}")
+        if boxes.device != device:
+            raise ValueError(f"boxes must be on {device} with the features, got {boxes.device}")
+        boxes = boxes.float()
+        # Rows that are no box, with a side below 0 or NaN, are padding.
+        return boxes, (boxes[..., 2] >= boxes[..., 0]) & (boxes[..., 3] >= boxes[..., 1])
+    boxes = list(boxes)
+    if len(boxes) != batch:
+        raise ValueError(f"boxes must have one entry an image, {batch}; got {len(boxes)}")
+    for i, one in enumerate(boxes):
+        if not isinstance(one, torch.Tensor):
+            raise TypeError(f"boxes[{i}] must be a tensor (m, 4), got {type(one).__name__}")
+        if one.numel() and (one.dim() != 2 or one.shape[1] != 4):
+            raise ValueError(f"boxes[{i}] must be (m, 4), got {tuple(one.shape)}")
+        if one.device != device:
+            raise ValueError(f"boxes[{i}] must be on {device} with the features, got {one.device}")
+    most = max((one.shape[0] for one in boxes if one.numel()), default=0)
+    rows = [
+        F.pad(one.float().reshape(-1, 4), (0, 0, 0, most - one.numel() // 4), value=-1.0)
+        if most
+        else one.new_empty(0, 4)
+        for one in boxes
+    ]
+    stacked = torch.stack(rows).float() if rows else torch.empty(0, 0, 4, device=device)
+    counts = [one.numel() // 4 for one in boxes]
+    known = torch.arange(most, device=device) < torch.tensor(counts, device=device).reshape(-1, 1)
+    return stacked, known & (stacked[..., 2] >= stacked[..., 0]) & (stacked[..., 3] >= stacked[..., 1])
+
+
+def box_masks(
+    boxes: torch.Tensor, known: torch.Tensor, size: tuple[int, int], scale: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FGD's masks of the foreground and the background, (N, H, W) each.
+
+    A box covers the pixels from its floored to its ceiled corners, both included, and counts 1 / (its height x width in
+    those) there; where boxes overlap the smallest counts. The background is 1 over its number of pixels. All of it stays
+    on the device, whatever the number of boxes.
+
+    Args:
+        boxes: (N, M, 4), x1, y1, x2, y2.
+        known: (N, M), which are there.
+        size: (H, W) of the map.
+        scale: what corners are multiplied by, (N or 1, 1, 4), or None.
+    """
+    height, width = size
+    corners = boxes if scale is None else boxes * scale
+    low, high = corners[..., :2].floor(), corners[..., 2:].ceil()
+    sides = (high - low + 1).clamp_min(1)
+    weight = (1.0 / (sides[..., 0] * sides[..., 1])).where(known, 0.0)
+    x, y = torch.arange(width, device=boxes.device), torch.arange(height, device=boxes.device)
+    across = (x >= low[..., :1]) & (x <= high[..., :1])  # (N, M, W)
+    down = ((y >= low[..., 1:]) & (y <= high[..., 1:])) * weight.unsqueeze(2)  # (N, M, H)
+    front = boxes.new_zeros(boxes.shape[0], height, width)
+    for at in range(0, boxes.shape[1], BOXES_AT_ONCE):
+        some = slice(at, at + BOXES_AT_ONCE)
+        front = torch.maximum(front, (down[:, some, :, None] * across[:, some, None, :]).amax(1))
+    back = (front <= 0).float()
+    return front, back / back.sum((1, 2), keepdim=True).clamp_min(1.0)
+
+
+def _scale(
+    image_size: torch.Tensor | Sequence[int] | None, size: tuple[int, int], batch: int, device: torch.device
+) -> torch.Tensor | None:
+    """What brings boxes from an image's coordinates to the map's."""
+    if image_size is None:
+        return None
+    if not isinstance(image_size, torch.Tensor):
+        if len(image_size) != 2:
+            raise ValueError(f"image_size must be (height, width), got {tuple(image_size)}")
+        height, width = image_size
+        return torch.tensor([size[1] / width, size[0] / height] * 2, device=device).reshape(1, 1, 4)
+    if tuple(image_size.shape) not in ((2,), (batch, 2)):
+        raise ValueError(f"image_size must be (height, width) or ({batch}, 2) of them, got {tuple(image_size.shape)}")
+    own = image_size.to(device, torch.float32).reshape(-1, 2)
+    factors = torch.tensor([size[1], size[0]], device=device) / own.flip(1)
+    return torch.cat([factors, factors], 1).unsqueeze(1)
+
+
+class GlobalContext(nn.Module):
+    """FGD's GcBlock for both models: what a global context adds to each channel of either map.
+
+    A softmax over the pixels of a 1x1 convolution to one channel pools the map; two 1x1 convolutions with layer
+    normalisation and ReLU between them turn it into the addition. Learned with the student.
+
+    Args:
+        channels: of the teacher, and of the student after its adapter.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        middle = max(channels // 2, 1)
+        for side in ("student", "teacher"):
+            # Its bias would drop out of the softmax.
+            mask, last = nn.Conv2d(channels, 1, 1, bias=False), nn.Conv2d(middle, channels, 1)
+            nn.init.kaiming_normal_(mask.weight, mode="fan_in")
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter)
+            add = nn.Sequential(nn.Conv2d(channels, middle, 1), nn.LayerNorm([middle, 1, 1]), nn.ReLU(), last)
+            setattr(self, f"{side}_mask", mask)
+            setattr(self, f"{side}_add", add)
+
+    def forward(self, side: str, features: torch.Tensor, backend: str = "reference") -> torch.Tensor:
+        """The additions (N, C) to a map (N, C, pixels) of the "student" or the "teacher", in float32."""
+        mask, add = getattr(self, f"{side}_mask"), getattr(self, f"{side}_add")
+        (x,), channels_last = oriented(features)
+        weight = mask.weight.reshape(1, -1).expand(features.shape[0], -1)
+
+        def weighted(by: torch.Tensor, rows: bool) -> torch.Tensor:
+            """Weighted sums over the lanes of every row, or over the rows of every lane."""
+            of_rows, of_lanes = (by, None) if not rows else (None, by)
+            made = maps.power_sums(
+                x,
+                1.0,
+                signed=True,
+                rows=rows,
+                lanes=not rows,
+                row_weight=of_rows,
+                lane_weight=of_lanes,
+                backend=backend,
+            )[0 if rows else 1]
+            assert made is not None
+            return made
+
+        attention = weighted(weight, channels_last).softmax(1)
+        context = weighted(attention, not channels_last)
+        return add(context[:, :, None, None].to(weight.dtype)).flatten(1)
+
+
+def _attention(x: torch.Tensor, temperature: float, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """FGD's attention over pixels, (N, P), and over channels, (N, C): softmaxes times their lengths."""
+    _, channels, pixels = x.shape
+    (y,), channels_last = oriented(x)
+    rows, lanes = maps.power_sums(y, 1.0, rows=True, lanes=True, backend=backend)
+    assert rows is not None
+    assert lanes is not None
+    of_pixels, of_channels = (rows, lanes) if channels_last else (lanes, rows)
+    return (
+        pixels * (of_pixels / (channels * temperature)).softmax(1),
+        channels * (of_channels / (pixels * temperature)).softmax(1),
+    )
+
+
+def fgd_loss(
+    student_features: torch.Tensor,
+    teacher_features: torch.Tensor,
+    boxes: Boxes,
+    *,
+    image_size: torch.Tensor | Sequence[int] | None = None,
+    adapter: nn.Module | None = None,
+    global_context: GlobalContext | None = None,
+    temperature: float = 0.5,
+    foreground_weight: Number = 1e-3,
+    background_weight: Number = 5e-4,
+    attention_weight: Number = 1e-3,
+    global_weight: Number = 5e-6,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Focal and global distillation (FGD) of one level of a detector's features.
+
+    Yang et al. (2022, arXiv:2111.11837). With the attentions S = HW softmax(mean_C |x| / T) over pixels and
+    C = C softmax(mean_HW |x| / T) over channels, masks M of the boxes' foreground (each box 1 over its area) and of the
+    background (1 over its area), and the additions g of the global context:
+
+        sum (s - t)^2 S_t C_t (w_f M_f + w_b M_b) / N  +  w_a (|S_s - S_t|_1 + |C_s - C_t|_1) / N
+            + w_g sum (s + g_s - t - g_t)^2 / N
+
+    Args:
+        student_features: (N, C, H, W), float16, bfloat16, float32 or float64.
+        teacher_features: the same shape (after the adapter) on the same device; the dtype may differ. It is taken as
+            constant.
+        boxes: each image's boxes x1, y1, x2, y2: a list of N tensors (m, 4), or one (N, M, 4) in which a row with
+            x2 < x1 or y2 < y1 is padding. None at all is fine; what lies outside the image is clipped.
+        image_size: (height, width) of what the boxes' coordinates are in, or one for each image, (N, 2); by default
+            they are in the map's.
+        adapter: a module that the student's features go through first, for example Adapter(C_s, C_t).
+        global_context: a GlobalContext(C); without it that term is left out.
+        temperature: T, a positive number.
+        foreground_weight, background_weight, attention_weight, global_weight: w_f, w_b, w_a and w_g.
+        backend: "auto", "triton", "cpu" or "reference".
+
+    A student's map in half precision is copied to float32, so that the terms' gradients add up before they are rounded.
+
+    Returns:
+        A float32 scalar (float64 for float64 inputs), 0 for an empty batch. Where boxes cover the whole map the
+        background is 0.
+
+    Raises:
+        ValueError: shapes that differ (for channels the message names the adapter), differing devices, features that are
+            not (N, C, H, W), boxes of another shape or number, temperature not positive.
+        TypeError: features that are not floating point, a temperature that is a tensor.
+        BackendError: the backend asked for cannot run here.
+
+    Against others: these are the authors' weights for one-stage detectors (twice or more for others). Their code loops
+    over boxes on the host, and counts a negative corner from the map's other end.
+    """
+    for name, value in (
+        ("foreground_weight", foreground_weight), ("background_weight", background_weight),
+        ("attention_weight", attention_weight), ("global_weight", global_weight),
+    ):  # fmt: skip
+        checks.number(name, value)
+    if isinstance(temperature, torch.Tensor):
+        raise TypeError("temperature must be a number, got a tensor")
+    checks.number("temperature", temperature, low=0, open_low=True)
+    student = adapted(adapter, student_features)
+    s, t = checked(student, teacher_features.detach(), 1)
+    if student.dim() != 4:
+        raise ValueError(f"student_features must be (N, C, H, W), got shape {tuple(student.shape)}")
+    backend = backends.resolve("fgd_loss", (s, t), backend, SUPPORTED)
+    (s,) = as_wide(s)  # several terms' gradients meet in it, and are rounded once
+    batch, size = s.shape[0], (student.shape[2], student.shape[3])
+    drawn, known = padded_boxes(boxes, batch, s.device)
+    scale = _scale(image_size, size, batch, s.device)
+    share = 1.0 / max(batch, 1)
+
+    pixels_s, channels_s = _attention(s, temperature, backend)
+    pixels_t, channels_t = _attention(t, temperature, backend)
+    front, back = box_masks(drawn, known, size, scale)
+    pixels = pixels_t * (foreground_weight * front + background_weight * back).flatten(1)
+    (x, y), channels_last = oriented(s, t)
+    rows, lanes = (pixels, channels_t) if channels_last else (channels_t, pixels)
+    loss = maps.match(x, y, row_weight=rows, lane_weight=lanes, factor=share, backend=backend)
+    apart = (pixels_s - pixels_t).abs().sum(1) + (channels_s - channels_t).abs().sum(1)
+    loss = loss + attention_weight * share * apart.sum()
+    if global_context is not None:
+        added = global_context("student", s, backend) - global_context("teacher", t, backend)
+        of_rows, of_lanes = (None, added) if channels_last else (added, None)
+        weight, outer = (global_weight, 1.0) if not isinstance(global_weight, torch.Tensor) else (1.0, global_weight)
+        loss = loss + outer * maps.match(
+            x, y, row_offset=of_rows, lane_offset=of_lanes, factor=weight * share, backend=backend
+        )
+    return loss
+
+
+def giou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Generalised intersection over union of boxes (..., 4), x1, y1, x2, y2: between -1 and 1; 1 for two equal ones."""
+
+    def area(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        return (high - low).clamp_min(0).prod(-1)
+
+    shared = area(torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:]))
+    hull = area(torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:]))
+    union = area(a[..., :2], a[..., 2:]) + area(b[..., :2], b[..., 2:]) - shared
+    # A box without area has no part in a ratio: 0 rather than 0 / 0.
+    return shared / union.where(union > 0, 1.0) - (hull - union) / hull.where(hull > 0, 1.0)
+
+
+def detection_distillation_loss(
+    student_scores: torch.Tensor | Sequence[torch.Tensor],
+    teacher_scores: torch.Tensor | Sequence[torch.Tensor],
+    student_boxes: Boxes | None = None,
+    teacher_boxes: Boxes | None = None,
+    student_features: Sequence[torch.Tensor] = (),
+    teacher_features: Sequence[torch.Tensor] = (),
+    *,
+    valid: torch.Tensor | None = None,
+    class_weight: Number = 1.0,
+    box_weight: Number = 1.0,
+    feature_weight: Number = 1.0,
+    box_loss: str = "smooth_l1",
+    beta: float = 1.0,
+    temperature: Number = 1.0,
+    adapters: Sequence[nn.Module | None] = (),
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Distillation of a detector's answers: class scores, boxes and features of matched detections.
+
+    class_weight T^2 KL(teacher, student) over the detections + box_weight (smooth-L1 of the four coordinates, or
+    1 - GIoU) over them + feature_weight times the mean squared difference of each pair of maps. Detections of both models
+    are matched: the same anchor, query or proposal at the same place; any number of them an image.
+
+    Args:
+        student_scores: class logits, (N, M, V), or a list of N tensors (m, V) with their own m.
+        teacher_scores: the same shapes.
+        student_boxes, teacher_boxes: x1, y1, x2, y2 (or any four numbers with smooth-L1), (N, M, 4) or lists of (m, 4).
+        student_features, teacher_features: maps of as many levels, pair by pair as hint_loss takes them.
+        valid: which detections count, or a weight for each, (N, M); not with lists, whose detections all count.
+        class_weight, box_weight, feature_weight: numbers or tensors with one element.
+        box_loss: "smooth_l1", summed over the coordinates, or "giou".
+        beta: where smooth-L1 turns linear, a positive number.
+        temperature: of the class scores.
+        adapters: one for each level's student features, or None.
+        backend: "auto", "cuda", "triton", "cpu" or "reference". Boxes are four numbers each, and plain torch.
+
+    Returns:
+        A float32 scalar (float64 for float64 inputs). The class and box terms are means over the valid detections of the
+        whole batch, 0 where there are none.
+
+    Raises:
+        ValueError: shapes or numbers of detections that differ, an unknown box_loss, a different number of levels.
+        TypeError, BackendError: as kl_div and hint_loss.
+    """
+    checks.choice("box_loss", box_loss, ("smooth_l1", "giou"))
+    checks.number("beta", beta, low=0, open_low=True)
+    scores_s, scores_t = _joined("scores", student_scores, teacher_scores)
+    if valid is not None and not isinstance(student_scores, torch.Tensor):
+        raise ValueError("valid goes with scores (N, M, V); of lists every detection counts")
+    if scores_s.shape[0]:
+        loss = class_weight * kl_div(
+            scores_s, scores_t, temperature=temperature, weight=None if valid is None else valid.reshape(-1),
+            backend=backend,
+        )  # fmt: skip
+    else:
+        loss = scores_s.sum() * 0.0
+    if (student_boxes is None) != (teacher_boxes is None):
+        raise ValueError("student_boxes and teacher_boxes go together")
+    if student_boxes is not None and teacher_boxes is not None:
+        boxes_s, boxes_t = _joined("boxes", student_boxes, teacher_boxes)
+        if boxes_s.shape != (scores_s.shape[0], 4):
+            raise ValueError(
+                f"there must be four coordinates for each of {scores_s.shape[0]} detections, got {tuple(boxes_s.shape)}"
+            )
+        wide = torch.promote_types(torch.promote_types(boxes_s.dtype, boxes_t.dtype), torch.float32)
+        boxes_s, boxes_t = boxes_s.to(wide), boxes_t.to(wide)
+        each = (
+            F.smooth_l1_loss(boxes_s, boxes_t, beta=beta, reduction="none").sum(1)
+            if box_loss == "smooth_l1"
+            else 1 - giou(boxes_s, boxes_t)
+        )
+        if valid is None:
+            mean = maps.ordered_sum(each) / max(each.shape[0], 1)
+        else:
+            keep = valid.reshape(-1).to(wide)
+            count = maps.ordered_sum(keep)
+            mean = maps.ordered_sum(each.where(keep != 0, 0.0) * keep) / count.where(count > 0, 1.0)
+        loss = loss + box_weight * mean
+    if len(student_features) != len(teacher_features):
+        raise ValueError(
+            f"there must be as many levels: student has {len(student_features)} and teacher {len(teacher_features)}"
+        )
+    if adapters and len(adapters) != len(student_features):
+        raise ValueError(f"there must be one adapter a level, {len(student_features)}; got {len(adapters)}")
+    for level, (s, t) in enumerate(zip(student_features, teacher_features, strict=True)):
+        adapter = adapters[level] if adapters else None
+        loss = loss + feature_weight * hint_loss(
+            s, t, adapter=adapter, backend=backend if backend in ("auto", *SUPPORTED) else "auto"
+        )
+    return loss
+
+
+def _joined(
+    what: str, student: torch.Tensor | Sequence[torch.Tensor], teacher: torch.Tensor | Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All images' detections below each other."""
+    joined = []
+    for name, x in ((f"student_{what}", student), (f"teacher_{what}", teacher)):
+        if isinstance(x, torch.Tensor):
+            if x.dim() != 3:
+                raise ValueError(f"{name} must be (N, M, ...) or a list of (m, ...), got shape {tuple(x.shape)}")
+            joined.append(x.flatten(0, 1))
+        else:
+            for i, one in enumerate(x):
+                if not isinstance(one, torch.Tensor) or one.dim() != 2:
+                    raise ValueError(f"{name}[{i}] must be a tensor (m, ...)")
+            joined.append(torch.cat(list(x)) if len(x) else torch.zeros(0, 1))
+    s, t = joined
+    if isinstance(student, torch.Tensor) != isinstance(teacher, torch.Tensor) or s.shape != t.shape:
+        raise ValueError(
+            f"detections must match: student_{what} has {tuple(s.shape)} in all and teacher_{what} {tuple(t.shape)}"
+        )
+    if not isinstance(student, torch.Tensor) and [x.shape for x in student] != [x.shape for x in teacher]:
+        raise ValueError(f"student_{what} and teacher_{what} must have as many detections in each image")
+    return s, t
+
+
+def rank_mimicking_loss(
+    student_scores: torch.Tensor,
+    teacher_scores: torch.Tensor,
+    *,
+    valid: torch.Tensor | None = None,
+    temperature: Number = 1.0,
+    scale_by_t2: bool = False,
+    reduction: str = "rowmean",
+    num_items: Number | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Rank mimicking: the KL between both models' softmaxes over the candidates of each object.
+
+    Li et al. (2022, arXiv:2112.04840): which of an object's positive anchors scores how high beside the others, as
+    a distribution over those anchors.
+
+    Args:
+        student_scores: scores of the candidates, (G, K) for G objects, float16, bfloat16, float32 or float64.
+        teacher_scores: the same shape on the same device; the dtype may differ.
+        valid: which candidates there are, boolean (G, K); objects with none are left out.
+        temperature, scale_by_t2, reduction, num_items, backend: as kl_div; "rowmean" divides by the objects that have
+            candidates.
+
+    Returns:
+        A float32 scalar (float64 for float64 inputs); 0 without any object.
+
+    Raises:
+        ValueError, TypeError, BackendError: as kl_div.
+    """
+    weight = None
+    if valid is not None:
+        checks.float_tensor("student_scores", student_scores)
+        if valid.shape != student_scores.shape or valid.dtype != torch.bool:
+            raise ValueError(
+                f"valid must be boolean and have the scores' shape {tuple(student_scores.shape)}; got {valid.dtype} "
+                f"{tuple(valid.shape)}"
+            )
+        weight = valid.any(1)
+        keep = valid | ~weight.unsqueeze(1)  # an object without candidates is left out as a row, and stays finite
+        student_scores = student_scores.masked_fill(~keep, -torch.inf)
+        teacher_scores = teacher_scores.masked_fill(~keep, -torch.inf)
+    return kl_div(
+        student_scores, teacher_scores, temperature=temperature, scale_by_t2=scale_by_t2, reduction=reduction,
+        weight=weight, num_items=num_items, backend=backend,
+    )  # fmt: skip
+
+
+class FGDLoss(LossModule):
+    """`fgd_loss` as a module: its keyword arguments are the options. Adapter and global context are trained with it."""
+
+    function = staticmethod(fgd_loss)
+
+
+class DetectionDistillationLoss(LossModule):
+    """`detection_distillation_loss` as a module: its keyword arguments are the options."""
+
+    function = staticmethod(detection_distillation_loss)
+
+
+class RankMimickingLoss(LossModule):
+    """`rank_mimicking_loss` as a module: its keyword arguments are the options."""
+
+    function = staticmethod(rank_mimicking_loss)

@@ -1,0 +1,181 @@
+"""Losses between embeddings and between the scores of right and wrong answers."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from kdkernels import backends
+from kdkernels.losses import checks
+from kdkernels.losses.features import EPS, SUPPORTED, as_wide, checked, inverse_norms, normalized
+from kdkernels.losses.module import LossModule
+from kdkernels.ops.weighted_match import op as maps
+from kdkernels.ops.weighted_match.maps import oriented
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def _reduce(x: torch.Tensor, reduction: str) -> torch.Tensor:
+    if reduction == "none":
+        return x
+    total = maps.ordered_sum(x)
+    return total if reduction == "sum" else total / max(x.numel(), 1)
+
+
+def cosine_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    *,
+    dim: int = -1,
+    eps: float = EPS,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """1 - cos(student, teacher) of every pair of vectors.
+
+    The sums of products are float64, so that the loss of two vectors that nearly agree keeps its digits.
+
+    Args:
+        student: vectors, float16, bfloat16, float32 or float64, (N, D), (B, T, D), or maps with the channel axis `dim`.
+        teacher: the same shape on the same device; the dtype may differ. Gets a gradient if it requires one.
+        dim: the vectors' axis, not the first.
+        eps: the least norm.
+        reduction: "mean" over the vectors, "sum", or "none" for one value each (the shape without `dim`).
+        backend: "auto", "triton", "cpu" or "reference".
+
+    Returns:
+        A float32 scalar or tensor (float64 for float64 inputs). A zero vector has loss 1 and gets no gradient.
+
+    Raises:
+        ValueError: shapes or devices that differ, an unknown reduction.
+        TypeError: vectors that are not floating point.
+        BackendError: the backend asked for cannot run here.
+    """
+    checks.choice("reduction", reduction, REDUCTIONS)
+    checks.number("eps", eps, low=0)
+    s, t = checked(student, teacher, dim)
+    rows = list(student.shape)
+    del rows[dim]
+    backend = backends.resolve("cosine_loss", (s, t), backend, SUPPORTED)
+    if backend == "reference":
+        x, y = (normalized(v, eps) for v in as_wide(s, t))
+        return _reduce(1 - (x * y).sum(1).reshape(rows), reduction)
+    (x, y), channels_last = oriented(s, t)
+    _, _, xx, yy, xy = maps.moments(x, y, lanes=not channels_last, backend=backend)
+    return _reduce(1 - (xy * inverse_norms(xx, eps) * inverse_norms(yy, eps)).reshape(rows), reduction).float()
+
+
+def margin_ranking_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    margin: float = 1.0,
+    wrong: str = "all",
+    reduction: str = "mean",
+    ignore_index: int = -100,
+) -> torch.Tensor:
+    """max(0, margin + s_wrong - s_correct): the mean over the wrong classes, or that of the hardest one.
+
+    Plain torch on every device: a gather, and one pass over the scores.
+
+    Args:
+        logits: scores, float16, bfloat16, float32 or float64, (..., V).
+        labels: the correct classes, (...).
+        margin: a number.
+        wrong: "all" V - 1 wrong classes, or only the "hardest", the one that scores highest.
+        reduction: "mean" over the rows that are not ignored, "sum", or "none" for one value a row.
+        ignore_index: the label that leaves a row out.
+
+    Returns:
+        A float32 scalar (float64 for float64 inputs) or tensor, 0 for V = 1, and where all rows are left out.
+
+    Raises:
+        ValueError: labels of another shape, an unknown `wrong` or reduction.
+        TypeError: logits that are not floating point, labels that are not integers.
+        IndexError: a label outside 0..V-1 on a CPU.
+
+    Against others: torch's multi_margin_loss divides by V, not by V - 1.
+    """
+    checks.choice("wrong", wrong, ("all", "hardest"))
+    checks.choice("reduction", reduction, REDUCTIONS)
+    checks.number("margin", margin)
+    checks.scores("logits", logits, "logits", logits, -1)
+    classes = logits.shape[-1]
+    given = checks.labels_of(labels, tuple(logits.shape[:-1]), classes, ignore_index, logits.device)
+    if given is None:
+        raise TypeError("labels must be a tensor: the label's score is what the others are compared with")
+    kept = given != ignore_index
+    right = given.where(kept, 0).unsqueeze(-1)
+    (x,) = as_wide(logits)
+    x = x.masked_fill(~kept.unsqueeze(-1), 0.0)  # whatever an ignored row holds
+    over = (x - x.gather(-1, right) + margin).scatter(-1, right, -torch.inf)
+    if classes == 1:
+        rows = x.sum(-1) * 0.0
+    elif wrong == "hardest":
+        rows = over.amax(-1).clamp_min(0)
+    else:
+        rows = over.clamp_min(0).sum(-1) / (classes - 1)
+    rows = rows.where(kept, 0.0)
+    if reduction == "mean":
+        return maps.ordered_sum(rows) / kept.sum().clamp_min(1)
+    return _reduce(rows, reduction)
+
+
+def margin_mse_loss(
+    student_positive: torch.Tensor,
+    student_negative: torch.Tensor,
+    teacher_positive: torch.Tensor,
+    teacher_negative: torch.Tensor,
+    *,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """MarginMSE of retrieval: the squared difference between both models' margins of a right over a wrong passage.
+
+    ((s+ - s-) - (t+ - t-))^2: Hofstätter et al. (2020, arXiv:2010.02666). Four scores a query: plain torch.
+
+    Args:
+        student_positive, student_negative: scores of the relevant and of another passage, (...), float16, bfloat16,
+            float32 or float64; the negative ones may have a further axis, (..., K) with positive (..., 1).
+        teacher_positive, teacher_negative: the teacher's, of shapes that broadcast with them.
+        reduction: "mean", "sum" or "none".
+
+    Returns:
+        A float32 scalar or tensor (float64 for float64 inputs).
+
+    Raises:
+        ValueError: shapes that do not go together, an unknown reduction.
+        TypeError: scores that are not floating point.
+    """
+    checks.choice("reduction", reduction, REDUCTIONS)
+    named = {
+        "student_positive": student_positive, "student_negative": student_negative,
+        "teacher_positive": teacher_positive, "teacher_negative": teacher_negative,
+    }  # fmt: skip
+    for name, x in named.items():
+        checks.float_tensor(name, x)
+    try:
+        torch.broadcast_shapes(*(x.shape for x in named.values()))
+    except RuntimeError:
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items())
+        raise ValueError(f"scores must go together, got {shapes}") from None
+    s_right, s_wrong, t_right, t_wrong = as_wide(*named.values())
+    margin_s, margin_t = torch.broadcast_tensors(s_right - s_wrong, t_right - t_wrong)
+    return _reduce(F.mse_loss(margin_s, margin_t, reduction="none"), reduction)
+
+
+class CosineLoss(LossModule):
+    """`cosine_loss` as a module: its keyword arguments are the options."""
+
+    function = staticmethod(cosine_loss)
+
+
+class MarginRankingLoss(LossModule):
+    """`margin_ranking_loss` as a module: its keyword arguments are the options."""
+
+    function = staticmethod(margin_ranking_loss)
+
+
+class MarginMSELoss(LossModule):
+    """`margin_mse_loss` as a module: its keyword arguments are the options."""
+
+    function = staticmethod(margin_mse_loss)

@@ -1,0 +1,400 @@
+"""Losses for detectors, and the others between features and scores, against published code in plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from targets import Target
+from torch import nn
+
+import kdkernels as kd
+from kdkernels.losses.detection import box_masks, giou, padded_boxes
+from kdkernels.ops.weighted_match.spec import eager_fgd, eager_pearson, eager_variational
+
+F64 = torch.float64
+
+
+def same(got: torch.Tensor, expected: torch.Tensor, rtol: float = 1e-12) -> None:
+    torch.testing.assert_close(got.double(), expected.double(), rtol=rtol, atol=1e-14)
+
+
+def pair(generator: torch.Generator, *shape: int, dtype: torch.dtype = F64) -> list[torch.Tensor]:
+    return [torch.randn(shape, generator=generator, dtype=dtype) for _ in range(2)]
+
+
+# -------------------------------------------------------------------------------------------------------------------- FGD
+
+
+BOXES = [
+    torch.tensor([[0.5, 1.2, 3.7, 4.1], [2.0, 2.0, 2.0, 2.0], [1.0, 0.0, 9.0, 2.5]]),
+    torch.zeros(0, 4),
+    torch.tensor([[0.0, 0.0, 9.0, 7.0]]),
+]
+
+
+def padded(boxes: list[torch.Tensor]) -> torch.Tensor:
+    out = torch.tensor([0.0, 0.0, -1.0, -1.0]).repeat(len(boxes), 5, 1)
+    for i, one in enumerate(boxes):
+        out[i, : len(one)] = one
+    return out
+
+
+def test_fgd_as_published(generator: torch.Generator) -> None:
+    s, t = pair(generator, 3, 5, 7, 9)
+    s.requires_grad_()
+    expected = eager_fgd(s, t, padded(BOXES))
+    got = kd.fgd_loss(s, t, BOXES)
+    same(got, expected, rtol=1e-7)  # masks are float32
+    for a, b in zip(torch.autograd.grad(got, s), torch.autograd.grad(expected, s), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-12)
+    same(kd.fgd_loss(s, t, padded(BOXES)), got)
+
+
+def published_context(s: torch.Tensor, t: torch.Tensor, block: kd.GlobalContext) -> torch.Tensor:
+    """The authors' get_rela_loss."""
+
+    def pooled(x: torch.Tensor, mask: nn.Module) -> torch.Tensor:
+        n, c, h, w = x.shape
+        weights = F.softmax(mask(x).view(n, 1, h * w), dim=2).unsqueeze(-1)
+        return torch.matmul(x.view(n, c, h * w).unsqueeze(1), weights).view(n, c, 1, 1)
+
+    out_s = s + block.student_add(pooled(s, block.student_mask))
+    out_t = t + block.teacher_add(pooled(t, block.teacher_mask))
+    return F.mse_loss(out_s, out_t, reduction="sum") / len(s)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_global_context_as_published(target: Target, channels_last: bool, generator: torch.Generator) -> None:
+    s, t = pair(generator, 3, 6, 7, 9, dtype=torch.float32)
+    block = kd.GlobalContext(6)
+    for p in block.parameters():
+        nn.init.normal_(p, std=0.3, generator=generator)
+    weights = {"foreground_weight": 0.0, "background_weight": 0.0, "attention_weight": 0.0, "global_weight": 0.5}
+    inputs = [s.requires_grad_(), *block.parameters()]
+    expected = 0.5 * published_context(s, t, block)
+    wanted = torch.autograd.grad(expected, inputs)
+    x, y = (v.to(target.device) for v in (s, t))
+    if channels_last:
+        x, y = (v.contiguous(memory_format=torch.channels_last) for v in (x, y))
+    got = kd.fgd_loss(x, y, BOXES, global_context=block.to(target.device), backend=target.backend, **weights)
+    same(got.cpu(), expected, rtol=1e-5)
+    for a, b in zip(torch.autograd.grad(got, [s, *block.parameters()]), wanted, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-4)
+
+
+def test_boxes_beyond_the_image_are_clipped(generator: torch.Generator) -> None:
+    boxes = torch.tensor([[[-3.0, -2.5, 2.0, 1.0], [20.0, 20.0, 30.0, 30.0], [-9.0, -9.0, -5.0, -5.0]]])
+    front, back = box_masks(*padded_boxes(boxes, 1, boxes.device), (5, 6), None)
+    expected = torch.zeros(5, 6)
+    expected[:2, :3] = 1 / (6 * 5)
+    torch.testing.assert_close(front[0], expected)
+    torch.testing.assert_close(back[0], (expected == 0) / 24)
+
+
+def test_an_image_full_of_boxes_has_no_background() -> None:
+    boxes = [torch.tensor([[0.0, 0.0, 6.0, 5.0]]), torch.zeros(0, 4)]
+    front, back = box_masks(*padded_boxes(boxes, 2, boxes[0].device), (5, 6), None)
+    assert (back[0] == 0).all()
+    assert (front[1] == 0).all()
+    torch.testing.assert_close(back[1], torch.full((5, 6), 1 / 30))
+
+
+def test_boxes_in_the_images_coordinates(generator: torch.Generator) -> None:
+    s, t = pair(generator, 3, 5, 7, 9)
+    large = [b * torch.tensor([8.0, 4.0, 8.0, 4.0]) for b in BOXES]
+    expected = kd.fgd_loss(s, t, BOXES)
+    same(kd.fgd_loss(s, t, large, image_size=(28, 72)), expected)
+    same(kd.fgd_loss(s, t, large, image_size=torch.tensor([[28, 72]] * 3)), expected)
+
+
+def test_many_boxes(generator: torch.Generator) -> None:
+    """More than are drawn at once."""
+    corners = torch.rand(2, 37, 2, 2, generator=generator) * torch.tensor([9.0, 7.0])
+    boxes = torch.cat([corners.amin(2), corners.amax(2)], 2)
+    s, t = pair(generator, 2, 3, 7, 9)
+    same(kd.fgd_loss(s, t, boxes), eager_fgd(s, t, boxes), rtol=1e-7)
+
+
+@pytest.mark.parametrize("boxes", [[torch.zeros(0, 4)] * 2, torch.zeros(2, 0, 4)], ids=["list", "tensor"])
+def test_no_boxes_at_all(target: Target, boxes: Any, generator: torch.Generator) -> None:
+    s, t = (x.to(target.device) for x in pair(generator, 2, 3, 4, 4, dtype=torch.float32))
+    boxes = [b.to(target.device) for b in boxes] if isinstance(boxes, list) else boxes.to(target.device)
+    loss = kd.fgd_loss(s.requires_grad_(), t, boxes, backend=target.backend)
+    loss.backward()
+    assert loss.isfinite()
+    assert s.grad.isfinite().all()
+
+
+def test_fgd_contains_a_nan(target: Target, generator: torch.Generator) -> None:
+    """Of one image: the others' gradients stay what they were."""
+    s, t = (x.to(target.device) for x in pair(generator, 3, 3, 7, 9, dtype=torch.float32))
+    boxes = [b.to(target.device) for b in BOXES]
+    grads = []
+    for broken in (False, True):
+        x = s.clone()
+        x[1, 0, 0, 0] = torch.nan if broken else 1.0
+        x.requires_grad_()
+        kd.fgd_loss(x, t, boxes, backend=target.backend).backward()
+        grads.append(x.grad)
+    assert grads[1][1].isnan().any()
+    assert torch.equal(grads[0][::2], grads[1][::2])
+
+
+# -------------------------------------------------------------------------------------------------- scores, boxes, features
+
+
+def test_detections_as_lists_and_as_a_batch(target: Target, generator: torch.Generator) -> None:
+    counts = (3, 0, 2)
+    scores = [[torch.randn(n, 5, generator=generator) for n in counts] for _ in range(2)]
+    boxes = [[torch.rand(n, 4, generator=generator) for n in counts] for _ in range(2)]
+    (ss, ts), (sb, tb) = scores, boxes
+    valid = torch.arange(3) < torch.tensor(counts)[:, None]
+
+    def batch(x: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([F.pad(one, (0, 0, 0, 3 - len(one)), value=7.0) for one in x]).to(target.device)
+
+    lists = kd.detection_distillation_loss(
+        *([x.to(target.device) for x in v] for v in (ss, ts, sb, tb)), temperature=2.0, backend=target.backend
+    )
+    padded_ = kd.detection_distillation_loss(
+        batch(ss), batch(ts), batch(sb), batch(tb), valid=valid.to(target.device), temperature=2.0,
+        backend=target.backend,
+    )  # fmt: skip
+    a, b = torch.cat(ss), torch.cat(ts)
+    kl = 4 * F.kl_div((a / 2).log_softmax(-1), (b / 2).softmax(-1), reduction="batchmean")
+    l1 = F.smooth_l1_loss(torch.cat(sb), torch.cat(tb), reduction="none").sum(1).mean()
+    same(lists.cpu(), kl + l1, rtol=1e-5)
+    same(padded_.cpu(), kl + l1, rtol=1e-5)
+
+
+def test_detections_with_giou_and_features(generator: torch.Generator) -> None:
+    scores = pair(generator, 2, 3, 5)
+    corners = torch.rand(2, 2, 3, 2, 2, generator=generator, dtype=F64)
+    boxes = torch.cat([corners.amin(-2), corners.amax(-2)], -1)
+    maps_s, maps_t = [pair(generator, 2, 4, 3, 3)[0]], [pair(generator, 2, 6, 3, 3)[1]]
+    adapter = kd.Adapter(4, 6).double()
+    got = kd.detection_distillation_loss(
+        *scores, *boxes, maps_s, maps_t, box_loss="giou", adapters=[adapter], box_weight=2.0, feature_weight=3.0
+    )
+    kl = F.kl_div(scores[0].log_softmax(-1), scores[1].softmax(-1), reduction="sum") / 6
+    expected = kl + 2 * (1 - giou(*boxes)).mean() + 3 * F.mse_loss(adapter(maps_s[0]), maps_t[0])
+    same(got, expected, rtol=1e-10)
+
+
+def test_giou() -> None:
+    a = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    b = torch.tensor([[1.0, 1.0, 3.0, 3.0], [0.0, 0.0, 1.0, 1.0], [2.0, 0.0, 3.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    torch.testing.assert_close(giou(a, b), torch.tensor([1 / 7 - 2 / 9, 1.0, -1 / 3, 0.0]))
+
+
+def test_no_detections(target: Target) -> None:
+    s = torch.zeros(0, 5, device=target.device, requires_grad=True)
+    boxes = [torch.zeros(0, 4, device=target.device)] * 2
+    loss = kd.detection_distillation_loss([s, s], [s.detach()] * 2, boxes, boxes, backend=target.backend)
+    loss.backward()
+    assert loss == 0
+    none = torch.zeros(1, 2, dtype=torch.bool, device=target.device)
+    x = torch.ones(1, 2, 4, device=target.device)
+    assert kd.detection_distillation_loss(x, 2 * x, x, 2 * x, valid=none, backend=target.backend) == 0
+
+
+def test_rank_mimicking(target: Target, generator: torch.Generator) -> None:
+    s, t = (x.to(target.device) for x in pair(generator, 4, 6, dtype=torch.float32))
+    valid = torch.rand(4, 6, generator=generator).to(target.device) < 0.6
+    valid[:, 0], valid[2] = True, False
+    s.requires_grad_()
+    loss = kd.rank_mimicking_loss(s, t, valid=valid, backend=target.backend)
+    rows = []
+    for i in (0, 1, 3):
+        keep = valid[i]
+        rows.append(F.kl_div(s[i, keep].log_softmax(0), t[i, keep].softmax(0), reduction="sum"))
+    same(loss, torch.stack(rows).mean(), rtol=1e-5)
+    (g,) = torch.autograd.grad(loss, s)
+    assert (g[~valid] == 0).all()
+    assert g.isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------- statistics of features
+
+
+def test_variational_information_as_in_repdistiller(generator: torch.Generator) -> None:
+    s, t = pair(generator, 3, 5, 4, 4)
+    loss = kd.VariationalInformationLoss(5).double()
+    same(loss(s, t), eager_variational(s, t, loss.raw_variance), rtol=1e-7)
+    same(F.softplus(loss.raw_variance) + 1e-5, torch.full((5,), 5.0, dtype=F64), rtol=1e-6)
+    tokens = [x.flatten(2).transpose(1, 2) for x in (s, t)]
+    same(loss(*tokens, dim=-1), loss(s, t))
+
+
+def test_pearson_as_published(generator: torch.Generator) -> None:
+    s, t = pair(generator, 3, 5, 4, 4)
+    same(kd.pearson_feature_loss(s, t), eager_pearson(s, t), rtol=1e-10)
+    small = F.avg_pool2d(s, 2)
+    expected = eager_pearson(F.interpolate(small, (4, 4), mode="bilinear"), t)
+    same(kd.pearson_feature_loss(small, t, resize="student"), expected, rtol=1e-10)
+
+
+def test_pearson_far_from_the_origin(fused: Target, generator: torch.Generator) -> None:
+    """A mean of a thousand deviations: float64 sums need none taken off."""
+    if fused.backend not in ("cpu", "triton"):
+        pytest.skip("no kernels")
+    s, t = (x.to(fused.device) + 1000 for x in pair(generator, 3, 5, 4, 4, dtype=torch.float32))
+    s.requires_grad_()
+    loss = kd.pearson_feature_loss(s, t, backend=fused.backend)
+    loss.backward()
+    exact = s.detach().double().cpu().requires_grad_()
+    expected = kd.pearson_feature_loss(exact, t.double().cpu())
+    expected.backward()
+    same(loss.detach().cpu(), expected.detach(), rtol=1e-6)
+    torch.testing.assert_close(s.grad.cpu().double(), exact.grad, rtol=1e-5, atol=1e-9)
+
+
+def test_pearson_of_constant_channels(target: Target, generator: torch.Generator) -> None:
+    s, t = (x.to(target.device) for x in pair(generator, 2, 3, 4, 4, dtype=torch.float32))
+    s[:, 1] = 0.3
+    s.requires_grad_()
+    loss = kd.pearson_feature_loss(s, t, backend=target.backend)
+    loss.backward()
+    assert loss.isfinite()
+    assert (s.grad[:, 1] == 0).all()
+    assert s.grad.isfinite().all()
+
+
+def published_hcl(students: list[torch.Tensor], teachers: list[torch.Tensor]) -> torch.Tensor:
+    total = torch.zeros(())
+    for fs, ft in zip(students, teachers, strict=True):
+        h = fs.shape[2]
+        loss, count, weights = F.mse_loss(fs, ft), 1.0, 1.0
+        for size in (4, 2, 1):
+            if size >= h:
+                continue
+            a, b = F.adaptive_avg_pool2d(fs, (size, size)), F.adaptive_avg_pool2d(ft, (size, size))
+            count /= 2.0
+            loss = loss + F.mse_loss(a, b) * count
+            weights += count
+        total = total + loss / weights
+    return total
+
+
+def test_hierarchical_context_as_published(generator: torch.Generator) -> None:
+    both = [pair(generator, 2, 3, n, n) for n in (8, 7, 3, 1)]
+    students, teachers = (list(x) for x in zip(*both, strict=True))
+    same(kd.hierarchical_context_loss(students, teachers), published_hcl(students, teachers))
+
+
+# ------------------------------------------------------------------------------------------------------ vectors and scores
+
+
+def test_cosine(target: Target, generator: torch.Generator) -> None:
+    s, t = (x.to(target.device) for x in pair(generator, 6, 9, dtype=torch.float32))
+    s[1], t[2], s[4] = 0, 0, t[4] * 3
+    s.requires_grad_()
+    each = kd.cosine_loss(s, t, reduction="none", backend=target.backend)
+    expected = 1 - F.cosine_similarity(s.detach().double(), t.double(), dim=-1)
+    torch.testing.assert_close(each.detach().double(), expected, rtol=1e-6, atol=5e-7)
+    assert each[1] == each[2] == 1
+    (g,) = torch.autograd.grad(kd.cosine_loss(s, t, backend=target.backend), s)
+    assert g.isfinite().all()
+    assert (g[1:3] == 0).all()
+    maps = [x.T.reshape(1, 9, 2, 3) for x in (s.detach(), t)]
+    torch.testing.assert_close(
+        kd.cosine_loss(*maps, dim=1, reduction="none", backend=target.backend).flatten(), each.detach()
+    )
+
+
+def test_cosine_of_nearly_equal_vectors(fused: Target, generator: torch.Generator) -> None:
+    """1 - cos of 1e-9 keeps its digits, which float32 sums would lose."""
+    if fused.backend not in ("cpu", "triton"):
+        pytest.skip("no kernels")
+    s = torch.randn(4, 64, generator=generator).to(fused.device)
+    t = s + 4e-5 * torch.randn(4, 64, generator=generator).to(fused.device)
+    exact = kd.cosine_loss(s.double().cpu(), t.double().cpu())
+    assert exact < 1e-8
+    same(kd.cosine_loss(s, t, backend=fused.backend).cpu(), exact, rtol=1e-6)
+
+
+def test_cosine_contains_a_nan(target: Target, generator: torch.Generator) -> None:
+    s, t = (x.to(target.device) for x in pair(generator, 3, 9, dtype=torch.float32))
+    s[1, 0] = torch.nan
+    each = kd.cosine_loss(s, t, reduction="none", backend=target.backend)
+    assert each.isnan().tolist() == [False, True, False]
+
+
+def test_margin_ranking(generator: torch.Generator) -> None:
+    logits = torch.randn(6, 5, generator=generator, dtype=F64, requires_grad=True)
+    labels = torch.randint(0, 5, (6,), generator=generator)
+    expected = F.multi_margin_loss(logits, labels, margin=0.7) * 5 / 4  # torch divides by V
+    same(kd.margin_ranking_loss(logits, labels, margin=0.7), expected)
+    right = logits.gather(1, labels[:, None])
+    hardest = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
+    same(kd.margin_ranking_loss(logits, labels, wrong="hardest"), (1 - right[:, 0] + hardest).clamp_min(0).mean())
+    labels[2] = -100
+    each = kd.margin_ranking_loss(logits, labels, reduction="none")
+    assert each[2] == 0
+    same(kd.margin_ranking_loss(logits, labels), each.sum() / 5)
+    (g,) = torch.autograd.grad(kd.margin_ranking_loss(logits, labels), logits)
+    assert (g[2] == 0).all()
+    assert kd.margin_ranking_loss(logits[:, :1], labels * 0) == 0
+    assert kd.margin_ranking_loss(logits, labels * 0 - 100) == 0
+
+
+def test_margin_mse(generator: torch.Generator) -> None:
+    sp, sn = pair(generator, 6)
+    tp, tn = pair(generator, 6)
+    same(kd.margin_mse_loss(sp, sn, tp, tn), F.mse_loss(sp - sn, tp - tn))
+    many_s, many_t = pair(generator, 6, 3)
+    got = kd.margin_mse_loss(sp[:, None], many_s, tp[:, None], many_t)
+    same(got, F.mse_loss(sp[:, None] - many_s, tp[:, None] - many_t))
+
+
+# -------------------------------------------------------------------------------------------------------------- bad input
+
+X = torch.zeros(2, 3, 4, 4)
+BAD: dict[str, tuple[Any, str]] = {
+    "channels": (lambda: kd.fgd_loss(X, X[:, :2], [X[0, 0]] * 2), "add an adapter"),
+    "tokens": (lambda: kd.fgd_loss(X[0], X[0], [X[0, 0]] * 3), r"must be \(N, C, H, W\)"),
+    "boxes": (lambda: kd.fgd_loss(X, X, [X[0, 0]]), "one entry an image, 2; got 1"),
+    "box shape": (lambda: kd.fgd_loss(X, X, [torch.zeros(3, 5)] * 2), r"boxes\[0\] must be \(m, 4\), got \(3, 5\)"),
+    "box tensor": (lambda: kd.fgd_loss(X, X, torch.zeros(2, 4)), r"boxes must be \(N, M, 4\) with N = 2"),
+    "image size": (lambda: kd.fgd_loss(X, X, [X[0, 0]] * 2, image_size=(1, 2, 3)), "image_size must be"),
+    "temperature": (lambda: kd.fgd_loss(X, X, [X[0, 0]] * 2, temperature=0.0), "temperature must be positive"),
+    "variance": (lambda: kd.variational_information_loss(X, X, torch.zeros(2)), r"one number a channel, \(3,\)"),
+    "resize": (lambda: kd.pearson_feature_loss(X, X, resize="both"), "resize must be"),
+    "levels": (lambda: kd.hierarchical_context_loss(X, X, levels=(1, 2)), "levels must fall"),
+    "maps": (lambda: kd.hierarchical_context_loss([X], [X, X]), "as many maps"),
+    "detections": (lambda: kd.detection_distillation_loss([X[0, 0]], [X[0, 0, :2]]), "detections must match"),
+    "one sided boxes": (lambda: kd.detection_distillation_loss(X[0], X[0], X[0]), "go together"),
+    "levels of features": (
+        lambda: kd.detection_distillation_loss(X[0], X[0], student_features=[X], teacher_features=[]), "as many levels",
+    ),
+    "ranks": (lambda: kd.rank_mimicking_loss(X[0, 0], X[0, 0], valid=X[0, 0]), "valid must be boolean"),
+    "wrong": (lambda: kd.margin_ranking_loss(X[0, 0], torch.zeros(4).long(), wrong="easy"), "unknown wrong"),
+    "margins": (lambda: kd.margin_mse_loss(X[0, 0, 0], X[0, 0, 0, :3], X[0, 0, 0], X[0, 0, 0]), "go together"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name: str) -> None:
+    call, words = BAD[name]
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_modules_are_their_functions(generator: torch.Generator) -> None:
+    s, t = pair(generator, 2, 3, 4, 4)
+    boxes = [torch.tensor([[0.0, 0.0, 2.0, 2.0]])] * 2
+    same(kd.FGDLoss(temperature=0.7)(s, t, boxes), kd.fgd_loss(s, t, boxes, temperature=0.7))
+    same(kd.PearsonFeatureLoss()(s, t), kd.pearson_feature_loss(s, t))
+    same(kd.HierarchicalContextLoss()(s, t), kd.hierarchical_context_loss(s, t))
+    same(kd.CosineLoss(dim=1)(s, t), kd.cosine_loss(s, t, dim=1))
+    labels = torch.tensor([0, 1])
+    x = s[:, :, 0, 0]
+    same(kd.MarginRankingLoss(margin=2.0)(x, labels), kd.margin_ranking_loss(x, labels, margin=2.0))
+    same(kd.MarginMSELoss()(x, x, x, -x), kd.margin_mse_loss(x, x, x, -x))
+    same(kd.RankMimickingLoss()(x, -x), kd.rank_mimicking_loss(x, -x))
+    same(kd.DetectionDistillationLoss()(s[0], t[0]), kd.detection_distillation_loss(s[0], t[0]))
+    trained = kd.FGDLoss(adapter=kd.Adapter(3, 3), global_context=kd.GlobalContext(3))
+    assert len(list(trained.parameters())) == 2 + 2 * 7
