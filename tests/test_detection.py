@@ -47,9 +47,9 @@ def test_fgd_as_published(generator: torch.Generator) -> None:
     s.requires_grad_()
     expected = eager_fgd(s, t, padded(BOXES))
     got = kd.fgd_loss(s, t, BOXES)
-    same(got, expected, rtol=1e-7)  # masks are float32
+    same(got, expected, rtol=1e-10)
     for a, b in zip(torch.autograd.grad(got, s), torch.autograd.grad(expected, s), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-12)
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-14)
     same(kd.fgd_loss(s, t, padded(BOXES)), got)
 
 
@@ -115,7 +115,7 @@ def test_many_boxes(generator: torch.Generator) -> None:
     corners = torch.rand(2, 37, 2, 2, generator=generator) * torch.tensor([9.0, 7.0])
     boxes = torch.cat([corners.amin(2), corners.amax(2)], 2)
     s, t = pair(generator, 2, 3, 7, 9)
-    same(kd.fgd_loss(s, t, boxes), eager_fgd(s, t, boxes), rtol=1e-7)
+    same(kd.fgd_loss(s, t, boxes), eager_fgd(s, t, boxes), rtol=1e-6)  # eager divides in float64, of float32 boxes
 
 
 @pytest.mark.parametrize("boxes", [[torch.zeros(0, 4)] * 2, torch.zeros(2, 0, 4)], ids=["list", "tensor"])

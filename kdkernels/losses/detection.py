@@ -21,14 +21,16 @@ BOXES_AT_ONCE = 8  # of an image, while they are drawn: a map of its size for ea
 Boxes = torch.Tensor | Sequence[torch.Tensor]
 
 
-def padded_boxes(boxes: Boxes, batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def padded_boxes(
+    boxes: Boxes, batch: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Boxes of every image as (N, M, 4), and which of them are there, (N, M)."""
     if isinstance(boxes, torch.Tensor):
         if boxes.dim() != 3 or boxes.shape[0] != batch or boxes.shape[2] != 4:
             raise ValueError(f"boxes must be (N, M, 4) with N = {batch}, or a list of (m, 4); got {tuple(boxes.shape)}")
         if boxes.device != device:
             raise ValueError(f"boxes must be on {device} with the features, got {boxes.device}")
-        boxes = boxes.float()
+        boxes = boxes.to(dtype)
         # Rows that are no box, with a side below 0 or NaN, are padding.
         return boxes, (boxes[..., 2] >= boxes[..., 0]) & (boxes[..., 3] >= boxes[..., 1])
     boxes = list(boxes)
@@ -43,12 +45,12 @@ def padded_boxes(boxes: Boxes, batch: int, device: torch.device) -> tuple[torch.
             raise ValueError(f"boxes[{i}] must be on {device} with the features, got {one.device}")
     most = max((one.shape[0] for one in boxes if one.numel()), default=0)
     rows = [
-        F.pad(one.float().reshape(-1, 4), (0, 0, 0, most - one.numel() // 4), value=-1.0)
+        F.pad(one.to(dtype).reshape(-1, 4), (0, 0, 0, most - one.numel() // 4), value=-1.0)
         if most
         else one.new_empty(0, 4)
         for one in boxes
     ]
-    stacked = torch.stack(rows).float() if rows else torch.empty(0, 0, 4, device=device)
+    stacked = torch.stack(rows).to(dtype) if rows else torch.empty(0, 0, 4, device=device)
     counts = [one.numel() // 4 for one in boxes]
     known = torch.arange(most, device=device) < torch.tensor(counts, device=device).reshape(-1, 1)
     return stacked, known & (stacked[..., 2] >= stacked[..., 0]) & (stacked[..., 3] >= stacked[..., 1])
@@ -70,7 +72,7 @@ def box_masks(
         scale: what corners are multiplied by, (N or 1, 1, 4), or None.
     """
     height, width = size
-    corners = boxes if scale is None else boxes * scale
+    corners = boxes if scale is None else boxes * scale.to(boxes.dtype)
     low, high = corners[..., :2].floor(), corners[..., 2:].ceil()
     sides = (high - low + 1).clamp_min(1)
     weight = (1.0 / (sides[..., 0] * sides[..., 1])).where(known, 0.0)
@@ -81,7 +83,7 @@ def box_masks(
     for at in range(0, boxes.shape[1], BOXES_AT_ONCE):
         some = slice(at, at + BOXES_AT_ONCE)
         front = torch.maximum(front, (down[:, some, :, None] * across[:, some, None, :]).amax(1))
-    back = (front <= 0).float()
+    back = (front <= 0).to(front)
     return front, back / back.sum((1, 2), keepdim=True).clamp_min(1.0)
 
 
@@ -95,7 +97,7 @@ def _scale(
         if len(image_size) != 2:
             raise ValueError(f"image_size must be (height, width), got {tuple(image_size)}")
         height, width = image_size
-        return torch.tensor([size[1] / width, size[0] / height] * 2, device=device).reshape(1, 1, 4)
+        return torch.tensor([size[1] / width, size[0] / height] * 2, dtype=torch.float64).reshape(1, 1, 4).to(device)
     if tuple(image_size.shape) not in ((2,), (batch, 2)):
         raise ValueError(f"image_size must be (height, width) or ({batch}, 2) of them, got {tuple(image_size.shape)}")
     own = image_size.to(device, torch.float32).reshape(-1, 2)
@@ -235,7 +237,7 @@ def fgd_loss(
     backend = backends.resolve("fgd_loss", (s, t), backend, SUPPORTED)
     (s,) = as_wide(s)  # several terms' gradients meet in it, and are rounded once
     batch, size = s.shape[0], (student.shape[2], student.shape[3])
-    drawn, known = padded_boxes(boxes, batch, s.device)
+    drawn, known = padded_boxes(boxes, batch, s.device, s.dtype)
     scale = _scale(image_size, size, batch, s.device)
     share = 1.0 / max(batch, 1)
 
