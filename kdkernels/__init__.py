@@ -73,9 +73,11 @@ from kdkernels.losses.graphs import (
     GlobalStructureLoss,
     GraphStructureLoss,
     InstanceRelationGraphLoss,
+    LocalStructureLoss,
     global_structure_loss,
     graph_structure_loss,
     instance_relation_graph_loss,
+    local_structure_loss,
 )
 from kdkernels.losses.linear import (
     LinearDistillationLoss,
@@ -179,6 +181,7 @@ __all__ = [
     "LinearJSDivLoss",
     "LinearKLDivLoss",
     "LinearReverseKLDivLoss",
+    "LocalStructureLoss",
     "LwFLoss",
     "MarginMSELoss",
     "MarginRankingLoss",
@@ -238,6 +241,7 @@ __all__ = [
     "linear_js_div",
     "linear_kl_div",
     "linear_reverse_kl_div",
+    "local_structure_loss",
     "lwf_loss",
     "margin_mse_loss",
     "margin_ranking_loss",

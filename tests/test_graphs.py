@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from targets import Target
 
 import kdkernels
-from kdkernels import global_structure_loss, graph_structure_loss, instance_relation_graph_loss
+from kdkernels import (
+    global_structure_loss,
+    graph_structure_loss,
+    instance_relation_graph_loss,
+    local_structure_loss,
+)
+from kdkernels.losses import graphs
+from kdkernels.ops.edge_relation.op import ordered
 from kdkernels.ops.graph_closure.op import BACKENDS, soft_shortest_paths
 
 F64 = torch.float64
@@ -34,10 +41,17 @@ def close(got: list[torch.Tensor], expected: list[torch.Tensor], tolerance: floa
         assert float((g.to(e) - e).abs().max() / scale) <= tolerance
 
 
-def agrees(function: Any, published: Any, inputs: tuple[torch.Tensor, ...], target: Target, **options: Any) -> None:
-    """Value and gradients of the published form in float64, to what float32 allows; on the reference to float64's."""
+def agrees(
+    function: Any, published: Any, inputs: tuple[torch.Tensor, ...], target: Target, near_zero: bool = False,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Value and gradients of the published form in float64, to what float32 allows; on the reference to float64's.
+
+    A float32 reference keeps few digits of a loss near 0.
+    """
     exact = gradients(published, *(x.to(F64) for x in inputs))
-    close(gradients(function, *inputs, **options, backend=target.backend), exact, 5e-6)
+    if not (near_zero and target.backend == "reference"):
+        close(gradients(function, *inputs, **options, backend=target.backend), exact, 5e-6)
     if target.backend == "reference":
         close(gradients(function, *(x.to(F64) for x in inputs), **options), exact, 1e-10)
 
@@ -126,6 +140,169 @@ def test_a_zero_node_has_cosine_0(target: Target, generator: torch.Generator) ->
     assert grad.isfinite().all()
 
 
+def random_graph(nodes: int, edges: int, generator: torch.Generator) -> torch.Tensor:
+    """Several edges between some nodes, one from a node to itself, and none to the last node."""
+    found = torch.randint(0, nodes - 1, (2, edges), generator=generator)
+    found[:, 0] = 1
+    return found
+
+
+def gnn_local(name: str, criterion: str) -> Any:
+    """efficient-gnns' loss with PyG's softmax."""
+
+    def probabilities(x: torch.Tensor, edge_index: torch.Tensor) -> torch.Tensor:
+        a, b = x[edge_index[0]], x[edge_index[1]]
+        if name in ("cosine", "poly"):
+            value = F.cosine_similarity(a, b) ** (1 if name == "cosine" else 2)
+        else:
+            value = (a - b).norm(dim=-1) if name == "l2" else torch.exp(-0.5 * (a - b).pow(2).sum(-1))
+        adjacent = edge_index[1][None] == torch.arange(len(x))[:, None]
+        return value.exp() / (adjacent * value.exp()).sum(1)[edge_index[1]]
+
+    def loss(s: torch.Tensor, t: torch.Tensor, edge_index: torch.Tensor) -> torch.Tensor:
+        p_s, p_t = probabilities(s, edge_index), probabilities(t, edge_index)
+        return F.mse_loss(p_s, p_t) if criterion == "mse" else F.kl_div(p_s.log(), p_t)
+
+    return loss
+
+
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
+@pytest.mark.parametrize("criterion", ["kl", "mse"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_local_structure(target: Target, name: str, criterion: str, generator: torch.Generator) -> None:
+    edges = random_graph(9, 40, generator)
+    published = gnn_local(name, criterion)
+    options = {**KERNELS[name], "divergence": criterion, "reduction": "edges"}
+    if name == "l2":
+        options["squared"] = False
+    if name == "rbf":
+        options["gamma"] = 0.5
+    if name in ("cosine", "poly"):
+        options["normalize"] = True
+    agrees(
+        lambda s, t, **rest: local_structure_loss(s, t, edges, **options, **rest),
+        lambda s, t: published(s, t, edges),
+        tuple(x / 2 for x in embeddings(9, 5, 7, generator)), Target(runs_here(target), target.device), near_zero=True,
+    )  # fmt: skip
+
+
+def test_the_papers_local_structure(target: Target, generator: torch.Generator) -> None:
+    s, t = (5 * x for x in embeddings(9, 5, 5, generator))
+    edges = random_graph(9, 30, generator)
+    expected = 0.0
+    for i in range(9):
+        near = edges[0, edges[1] == i]
+        if len(near):
+            own, other = (
+                torch.log_softmax(torch.exp(-0.005 * (x[near] - x[i]).pow(2).sum(1)), 0)
+                for x in (s.double(), t.double())
+            )
+            expected = expected + (other.exp() * (other - own)).sum() / 9
+    got = local_structure_loss(s, t, edges, backend=runs_here(target))
+    assert abs(float(got) - float(expected)) < 1e-6 + 1e-5 * float(expected)
+
+
+def test_order_of_edges(target: Target, generator: torch.Generator) -> None:
+    s, t = embeddings(9, 5, 7, generator)
+    edges = random_graph(9, 40, generator)
+    options = {"backend": runs_here(target), "gamma": 0.5}
+    if options["backend"] == "reference":  # whose float32 has few digits of a loss near 0
+        s, t = s.double(), t.double()
+    expected = gradients(lambda a, b: local_structure_loss(a, b, edges, **options), s, t)
+    shuffled = edges[:, torch.randperm(40, generator=generator)].int()
+    close(gradients(lambda a, b: local_structure_loss(a, b, shuffled, **options), s, t), expected, 5e-6)
+
+
+def test_edges_are_remembered_until_they_change(generator: torch.Generator) -> None:
+    s, t = embeddings(9, 5, 7, generator)
+    edges = random_graph(9, 40, generator)
+    before = local_structure_loss(s, t, edges)
+    assert edges in graphs._known_edges
+    assert torch.equal(local_structure_loss(s, t, edges), before)
+    edges[0, :20] = 3
+    assert torch.equal(local_structure_loss(s, t, edges), local_structure_loss(s, t, edges.clone()))
+    assert not torch.equal(local_structure_loss(s, t, edges), before)
+    assert local_structure_loss(s[:8], t[:8], edges).isfinite()  # as many nodes as there are now
+    count = len(graphs._known_edges)
+    del edges
+    assert len(graphs._known_edges) == count - 1
+
+
+def test_few_edges(target: Target, generator: torch.Generator) -> None:
+    s, t = embeddings(4, 3, 3, generator)
+    options = {"backend": runs_here(target)}
+    for edges in (torch.zeros(2, 0, dtype=torch.long), torch.tensor([[0], [3]]), torch.tensor([[2, 2], [2, 2]])):
+        value, *grads = gradients(lambda a, b, e=edges: local_structure_loss(a, b, e, **options), s, t)
+        assert abs(float(value)) < 1e-7
+        assert all(g.abs().max() < 1e-7 for g in grads)
+    for kernel in ("euclidean", "linear", "polynomial"):
+        value, *grads = gradients(
+            lambda a, b, k=kernel: local_structure_loss(a, b, torch.tensor([[0, 1, 1], [1, 1, 1]]), kernel=k,
+                                                        squared=False, **options), s, t,
+        )  # fmt: skip
+        assert value.isfinite()
+        assert all(g.isfinite().all() for g in grads)
+
+
+def test_edges_to_nowhere(target: Target, generator: torch.Generator) -> None:
+    s, t = embeddings(4, 3, 3, generator)
+    for bad in (-1, 4):
+        edges = torch.tensor([[0, bad], [1, 2]])
+        with pytest.raises(IndexError, match=f"edge_index holds {bad}, outside 0 to 3"):
+            local_structure_loss(s, t, edges)
+        x = torch.ones(4, 3)
+        if target.backend == "triton":  # as on a GPU, where nobody looks
+            value = torch.ops.kdkernels.edge_values(x, *edges, False, "triton")
+            assert value.isnan().tolist() == [False, True]
+        if target.backend == "cpu":
+            with pytest.raises(IndexError, match=f"edge_index holds {bad}"):
+                torch.ops.kdkernels.edge_values(x, *edges, False, "cpu")
+    for bad, error, words in (
+        (torch.zeros(3, 2, dtype=torch.long), ValueError, r"shape \(2, E\)"),
+        (torch.zeros(2, 3), TypeError, "must hold nodes"),
+        ([[0], [1]], TypeError, "must be a tensor, got list"),
+    ):
+        with pytest.raises(error, match=words):
+            local_structure_loss(s, t, bad)
+    with pytest.raises(ValueError, match="unknown reduction 'mean': choose one of 'nodes', 'edges', 'sum'"):
+        local_structure_loss(s, t, torch.zeros(2, 1, dtype=torch.long), reduction="mean")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_edge_operators(generator: torch.Generator) -> None:
+    ops = torch.ops.kdkernels
+    x = torch.randn(6, 5, generator=generator)
+    edges = ordered(random_graph(6, 15, generator), 6)
+    w, v = torch.randn(15, generator=generator), torch.randn(15, generator=generator)
+    torch.library.opcheck(ops.edge_values.default, (x, edges.source, edges.target, True, "cpu"))
+    torch.library.opcheck(ops.edge_gradient.default, (x, w, *edges, False, "cpu"))
+    torch.library.opcheck(ops.edge_divergence.default, (v, w, edges.target, edges.arriving, False, True, True))
+    leaf = x.clone().requires_grad_()
+    loss = local_structure_loss(leaf, x.flip(0), random_graph(6, 15, generator))
+    (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="edge_relation have no second derivative"):
+        grad.sum().backward()
+
+
+def test_edges_are_deterministic(generator: torch.Generator) -> None:
+    s, t = embeddings(200, 40, 30, generator)
+    edges = random_graph(200, 3000, generator)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(gradients(lambda a, b: local_structure_loss(a, b, edges, backend="cpu"), s, t))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
+
+
+def runs_here(target: Target) -> str:
+    """The target's backend, the reference where these families have no kernel for it."""
+    return target.backend if target.backend in BACKENDS else "reference"
+
+
 # ----------------------------------------------------------------------------------------------------------- soft graphs
 
 
@@ -173,11 +350,6 @@ def test_soft_shortest_paths(target: Target, n: int, temperature: float, generat
     if backend == "reference":
         exact = gradients(total(lambda x: soft_shortest_paths(x, temperature, backend=backend)), lengths.double())
         close(exact[1:], expected[1:], 1e-9)
-
-
-def runs_here(target: Target) -> str:
-    """The target's backend, the reference where the family has no kernel for it."""
-    return target.backend if target.backend in BACKENDS else "reference"
 
 
 def test_gradient_by_finite_differences(generator: torch.Generator) -> None:
@@ -310,17 +482,27 @@ def test_few_samples(target: Target, loss: str, n: int, generator: torch.Generat
     assert all(g.isfinite().all() for g in grads)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+def local(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    edges = torch.arange(len(s), device=s.device)
+    return local_structure_loss(s, t, torch.stack([edges, edges.roll(1)]).repeat(1, 2) // 2)
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, "local"])
 def test_compiles_in_one_graph(loss: str, generator: torch.Generator) -> None:
     s, t = embeddings(9, 6, 7, generator)
-    compiled = torch.compile(LOSSES[loss], backend="aot_eager", fullgraph=True)
-    close(gradients(compiled, s, t), gradients(LOSSES[loss], s, t), 1e-6)
+    function = LOSSES.get(loss, local)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    close(gradients(compiled, s, t), gradients(function, s, t), 1e-6)
 
 
 def test_modules(generator: torch.Generator) -> None:
     s, t = embeddings(6, 3, 3, generator)
     assert torch.equal(
         kdkernels.InstanceRelationGraphLoss(squared=False)(s, t), instance_relation_graph_loss(s, t, squared=False)
+    )
+    edges = torch.tensor([[0, 1, 2], [1, 1, 1]])
+    assert torch.equal(
+        kdkernels.LocalStructureLoss(gamma=0.5)(s, t, edges), local_structure_loss(s, t, edges, gamma=0.5)
     )
     assert torch.equal(kdkernels.GraphStructureLoss(hop=0.5)(s, t), graph_structure_loss(s, t, hop=0.5))
     assert torch.equal(kdkernels.GlobalStructureLoss(kernel="rbf")(s, t), global_structure_loss(s, t, kernel="rbf"))
