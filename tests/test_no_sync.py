@@ -25,7 +25,7 @@ METHODS = {"item", "cpu", "tolist", "numpy", "nonzero", "masked_select", "unique
 FUNCTIONS = {"equal", "allclose", "nonzero", "unique", "masked_select", "argwhere"}
 # (files below kdkernels, what is called, a piece of the line or of its neighbours): why it sees no GPU tensor.
 ALLOWED = {
-    ("ops/scale/op.py", "item", 'factor.device.type == "cpu"'): "guarded: only a CPU tensor",
+    ("ops/scale/op.py", "item", "factor.is_cpu"): "guarded: only a CPU tensor",
     ("ops/scalars.py", "float", "values"): "numbers, or tensors that are known to be on the CPU",
     ("ops/scalars.py", "float", "float(v), device=device"): "a number, or a tensor on the CPU: the condition follows",
     ("ops/*/triton.py", "tolist", "scalars.tolist()"): "packed numbers, read where they are on the CPU",
