@@ -72,13 +72,12 @@ from kdkernels.losses.features import (
 from kdkernels.losses.graphs import (
     GlobalStructureLoss,
     GraphStructureLoss,
-    InstanceRelationGraphLoss,
     LocalStructureLoss,
     global_structure_loss,
     graph_structure_loss,
-    instance_relation_graph_loss,
     local_structure_loss,
 )
+from kdkernels.losses.irg import InstanceRelationGraphLoss, instance_relation_graph_loss
 from kdkernels.losses.linear import (
     LinearDistillationLoss,
     LinearGeneralizedJSDivLoss,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,157 +22,23 @@ from kdkernels.ops.scalars import Number, readable
 KERNELS = ("linear", "polynomial", "euclidean", "rbf")
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def wide(x: torch.Tensor) -> torch.Tensor:
     """At least float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _squared_distances(x: torch.Tensor, backend: str) -> torch.Tensor:
+def squared_distances(x: torch.Tensor, backend: str) -> torch.Tensor:
     if backend == "reference":
-        return pairwise_reference.squared_distances(_wide(x))
+        return pairwise_reference.squared_distances(wide(x))
     return pairwise.squared_distances(x, backend=backend)[0]
 
 
-def _off_diagonal(x: torch.Tensor) -> torch.Tensor:
+def off_diagonal(x: torch.Tensor) -> torch.Tensor:
     return ~torch.eye(x.shape[0], dtype=torch.bool, device=x.device)
 
 
-def _mean_square(x: torch.Tensor) -> torch.Tensor:
+def mean_square(x: torch.Tensor) -> torch.Tensor:
     return x.pow(2).sum() / max(x.numel(), 1)
-
-
-# ------------------------------------------------------------------------------------------ instance relationship graph
-
-
-def _over_maximum(d2: torch.Tensor, kept: torch.Tensor | None, squared: bool, detach: bool) -> torch.Tensor:
-    """Distances over the greatest of them; those that are 0 have no gradient."""
-    kept = d2 > EPS if kept is None else kept & (d2 > EPS)
-    d = d2.where(kept, 1.0)
-    d = (d if squared else d.sqrt()).where(kept, 0.0)
-    if d.numel() == 0:
-        return d
-    greatest = d.detach().amax() if detach else d.amax()
-    return d / greatest.where(greatest > 0, 1.0)
-
-
-def _edges(x: torch.Tensor, backend: str, squared: bool, detach: bool) -> torch.Tensor:
-    d2 = _squared_distances(x, backend)
-    return _over_maximum(d2, _off_diagonal(d2), squared, detach)
-
-
-def _moved(name: str, before: torch.Tensor, after: torch.Tensor, squared: bool, detach: bool) -> torch.Tensor:
-    """How far each sample moves from one map to the next, in the coarser map and the fewer channels."""
-    if before.shape[2:] != after.shape[2:]:
-        height, width = after.shape[2:]
-        if before.shape[2] % height == 0 == before.shape[3] % width:  # adaptive pooling's backward adds in any order
-            before = F.avg_pool2d(before, (before.shape[2] // height, before.shape[3] // width))
-        else:
-            before = F.adaptive_avg_pool2d(before, (height, width))
-    channels = before.shape[1]
-    if after.shape[1] % channels:
-        raise ValueError(
-            f"{name}: a transformation leads to a multiple of the channels it comes from, got {channels} and {after.shape[1]}"
-        )
-    after = after.unflatten(1, (channels, -1)).mean(2)
-    return _over_maximum((before - after).pow(2).flatten(1).sum(1), None, squared, detach)
-
-
-def _layers(
-    student: torch.Tensor | Sequence[torch.Tensor], teacher: torch.Tensor | Sequence[torch.Tensor]
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Both as lists of one length, the same samples in all layers."""
-    students = [student] if isinstance(student, torch.Tensor) else list(student)
-    teachers = [teacher] if isinstance(teacher, torch.Tensor) else list(teacher)
-    if len(students) != len(teachers) or not students:
-        raise ValueError(
-            f"student_features and teacher_features must be equally many layers, at least one; got {len(students)} and {len(teachers)}"
-        )
-    for s, t in zip(students, teachers):
-        _embeddings(s, t)
-        if s.shape[0] != students[0].shape[0]:
-            raise ValueError(f"all layers must hold the same samples, got {students[0].shape[0]} and {s.shape[0]}")
-    return students, teachers
-
-
-def instance_relation_graph_loss(
-    student_features: torch.Tensor | Sequence[torch.Tensor],
-    teacher_features: torch.Tensor | Sequence[torch.Tensor],
-    student_logits: torch.Tensor | None = None,
-    teacher_logits: torch.Tensor | None = None,
-    *,
-    vertex_weight: Number = 0.1,
-    edge_weight: Number = 5.0,
-    transformation_weight: Number = 5.0,
-    transformations: Sequence[tuple[int, int]] | None = None,
-    squared: bool = True,
-    detach_maximum: bool = False,
-    backend: str = "auto",
-) -> torch.Tensor:
-    """Instance relationship graphs (IRG): vertices, edges, and how edges' ends move from layer to layer.
-
-    w_v MSE(logits) + w_e mean over layers of MSE(E^s, E^t) + w_t mean over transformations of MSE(M^s, M^t), where
-    E_ij = |x_i - x_j|^2 over the greatest of them, and M_i = |pool(f_i) - g_i|^2 over the greatest of them for a sample's
-    map f in one layer and g in a later one, groups of whose channels are averaged to f's number. Liu et al. (CVPR 2019,
-    Knowledge Distillation via Instance Relationship Graph).
-
-    Args:
-        student_features: a layer's features, (N, D) or (N, C, H, W), or a list of layers, in order; float16, bfloat16,
-            float32 or float64.
-        teacher_features: as many layers of the same N samples; dtypes and features may differ.
-        student_logits, teacher_logits: the vertices, of one shape; without them there is no such term.
-        vertex_weight, edge_weight, transformation_weight: numbers or tensors with one element.
-        transformations: pairs (from, to) of layers; default: each map (N, C, H, W) and the next one.
-        squared: squared distances.
-        detach_maximum: the greatest distance is a constant.
-        backend: "auto", "cuda", "triton", "cpu" or "reference".
-
-    Returns:
-        A float32 scalar (float64 for float64 inputs). Where all distances are 0 they stay 0, without gradient.
-
-    Raises:
-        ValueError: layers that do not match in number, samples or device, or have no features; logits of different
-            shapes or of one model only; a transformation between layers that are not maps, or to a number of channels
-            that is no multiple.
-        TypeError: features that are not floating point.
-        BackendError: the backend asked for cannot run here.
-
-    Against others: Knowledge-Distillation-Zoo has these defaults, with two maps and an embedding; the authors' Caffe code
-    takes the greatest distance as a constant.
-    """
-    for name, value in (
-        ("vertex_weight", vertex_weight), ("edge_weight", edge_weight), ("transformation_weight", transformation_weight),
-    ):  # fmt: skip
-        checks.number(name, value)
-    student, teacher = _layers(student_features, teacher_features)
-    if (student_logits is None) != (teacher_logits is None):
-        raise ValueError("student_logits and teacher_logits go together: one of them is missing")
-    if student_logits is not None and teacher_logits is not None:
-        checks.scores("student_logits", student_logits, "teacher_logits", teacher_logits, -1)
-    if transformations is None:
-        maps = [i for i, x in enumerate(student) if x.dim() == 4 == teacher[i].dim()]
-        transformations = list(itertools.pairwise(maps))
-    for pair in transformations:
-        if any(not 0 <= i < len(student) or student[i].dim() != 4 or teacher[i].dim() != 4 for i in pair):
-            raise ValueError(f"transformations must join layers that are maps (N, C, H, W), got {tuple(pair)}")
-    backend = backends.resolve("instance_relation_graph_loss", (*student, *teacher), backend)
-
-    # Before anything else: a layer gets gradients from several terms, which are to be rounded once.
-    student, teacher = [_wide(x) for x in student], [_wide(x) for x in teacher]
-
-    def edges(x: torch.Tensor) -> torch.Tensor:
-        return _edges(x.flatten(1), backend, squared, detach_maximum)
-
-    terms = [_mean_square(edges(s) - edges(t)) for s, t in zip(student, teacher)]
-    loss = edge_weight * (sum(terms[1:], terms[0]) / len(terms))
-    for a, b in transformations:
-        moved = [
-            _moved(name, x[a], x[b], squared, detach_maximum)
-            for name, x in (("student", student), ("teacher", teacher))
-        ]
-        loss = loss + transformation_weight / len(transformations) * _mean_square(moved[0] - moved[1])
-    if student_logits is not None and teacher_logits is not None:
-        loss = loss + vertex_weight * _mean_square(_wide(student_logits) - _wide(teacher_logits))
-    return loss
 
 
 # --------------------------------------------------------------------------------------------------- structure of nodes
@@ -183,15 +47,15 @@ def instance_relation_graph_loss(
 def _kernel_matrix(
     x: torch.Tensor, backend: str, kernel: str, normalize: bool, gamma: float, degree: int, offset: float, squared: bool
 ) -> torch.Tensor:
-    x = _normalized(x) if normalize else _wide(x)
-    d2 = _squared_distances(x, backend)
+    x = _normalized(x) if normalize else wide(x)
+    d2 = squared_distances(x, backend)
     if kernel == "rbf":
         return torch.exp(-gamma * d2)
     if kernel == "euclidean":
-        kept = _off_diagonal(d2) & (d2 > EPS)
+        kept = off_diagonal(d2) & (d2 > EPS)
         return d2 if squared else d2.where(kept, 1.0).sqrt().where(kept, 0.0)
     # From distances, so that no user's allow_tf32 touches it.
-    norms = _wide(x).pow(2).sum(1)
+    norms = wide(x).pow(2).sum(1)
     product = (norms[:, None] + norms[None] - d2) / 2
     return product if kernel == "linear" else (product + offset) ** degree
 
@@ -248,7 +112,7 @@ def global_structure_loss(
     student, teacher = _embeddings(student, teacher)
     backend = backends.resolve("global_structure_loss", (student, teacher), backend)
     s, t = (_kernel_matrix(x, backend, kernel, normalize, gamma, degree, offset, squared) for x in (student, teacher))
-    return (s - t).pow(2).sum() if reduction == "sum" else _mean_square(s - t)
+    return (s - t).pow(2).sum() if reduction == "sum" else mean_square(s - t)
 
 
 def _edge_kernel(
@@ -256,7 +120,7 @@ def _edge_kernel(
     offset: float, squared: bool,
 ) -> torch.Tensor:  # fmt: skip
     """_kernel_matrix's elements along edges."""
-    x = _normalized(x) if normalize else _wide(x)
+    x = _normalized(x) if normalize else wide(x)
     products = kernel in ("linear", "polynomial")
     value = edge_relation.edge_values(x, edges, products=products, backend=backend)
     if products:
@@ -459,12 +323,6 @@ def graph_structure_loss(
     total = connectivity_weight * connectivity + path_weight * paths
     n = student.shape[0]
     return total if reduction == "sum" else total / max(n * (n - 1), 1)
-
-
-class InstanceRelationGraphLoss(LossModule):
-    """`instance_relation_graph_loss` as a module: InstanceRelationGraphLoss()(student_layers, teacher_layers)."""
-
-    function = staticmethod(instance_relation_graph_loss)
 
 
 class GlobalStructureLoss(LossModule):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kdkernels.losses import graphs, relational
+from kdkernels.losses import graphs, irg, relational
 from kdkernels.ops.registry import Case, Shape, Spec
 
 # (N, D of the student); the teacher's D is 1.5 times that and 1 more.
@@ -118,7 +118,7 @@ SPEC = Spec(
         _case("hard_dark_rank-sum", relational.hard_dark_rank_loss, make_small, None, ("student",), alpha=2.0, beta=2.0,
               k=3, reduction="sum"),
         _case("hard_dark_rank-none", relational.hard_dark_rank_loss, make_small, None, ("student",), reduction="none"),
-        _case("irg", graphs.instance_relation_graph_loss, make_features, eager_irg,
+        _case("irg", irg.instance_relation_graph_loss, make_features, eager_irg,
               ("student_features", "teacher_features"), True),
         _case("global_structure", graphs.global_structure_loss, make_embeddings, eager_global_structure, bench=True,
               kernel="linear"),
