@@ -1,6 +1,7 @@
 """Fused kernels for knowledge-distillation losses, as drop-in PyTorch functions."""
 
 from kdkernels.backends import BackendError, use_backend
+from kdkernels.features import FeatureCapture, MultiLayerLoss, match_layers
 from kdkernels.losses.channels import (
     FSPLoss,
     GramLoss,
@@ -162,6 +163,7 @@ __all__ = [
     "DistillationLoss",
     "FGDLoss",
     "FSPLoss",
+    "FeatureCapture",
     "GeneralizedJSDivLoss",
     "GlobalContext",
     "GlobalStructureLoss",
@@ -184,6 +186,7 @@ __all__ = [
     "LwFLoss",
     "MarginMSELoss",
     "MarginRankingLoss",
+    "MultiLayerLoss",
     "MutualKLDivLoss",
     "NSTLoss",
     "PKTLoss",
@@ -244,6 +247,7 @@ __all__ = [
     "lwf_loss",
     "margin_mse_loss",
     "margin_ranking_loss",
+    "match_layers",
     "mutual_kl_div",
     "nst_loss",
     "pairwise_structure_loss",

@@ -1,0 +1,104 @@
+"""Outputs of a model's inner layers, by their names."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+Features = dict[str, torch.Tensor]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel and torch.compile."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def first_tensor(output: Any, name: str) -> torch.Tensor:
+    """What a layer returned; of a tuple or list the first tensor."""
+    if isinstance(output, torch.Tensor):
+        return output
+    if isinstance(output, (tuple, list)):
+        for x in output:
+            if isinstance(x, torch.Tensor):
+                return x
+    raise TypeError(f"layer {name!r} returned {type(output).__name__} without a tensor in it")
+
+
+class FeatureCapture:
+    """Calls a model and also returns the outputs of layers inside it.
+
+        capture = FeatureCapture(model, ["layer2", "layer3.0.conv1"])
+        logits, features = capture(images)    # features["layer2"] is in the graph, as logits is
+
+    Nothing is kept after a call, so that neither features nor graphs leak; `close()`, or the end of a `with`, takes the
+    hooks away. A layer that is called several times gives its last output. Works inside torch.compile (compile what calls
+    the capture), and on a model wrapped in DistributedDataParallel, which is then called as a whole; names are those of the
+    model inside.
+
+    Args:
+        model: the model.
+        names: paths of modules, as in model.named_modules().
+
+    Raises:
+        KeyError: a name that the model does not have; the message offers the nearest ones.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str]):
+        self.model = model
+        self.names = tuple(dict.fromkeys(names))
+        self._found: Features | None = None
+        self._closed = False  # Dynamo reads a flag, and no handles
+        modules = dict(unwrapped(model).named_modules())
+        for name in self.names:
+            if name not in modules:
+                near = difflib.get_close_matches(name, modules, 3) or list(modules)[1:4]
+                raise KeyError(f"the model has no layer {name!r}; there are {', '.join(map(repr, near))}, ...")
+        self._handles = [modules[name].register_forward_hook(self._hook(name)) for name in self.names]
+
+    def _hook(self, name: str) -> Any:
+        def record(module: nn.Module, inputs: Any, output: Any) -> None:
+            if self._found is not None:
+                self._found[name] = first_tensor(output, name)
+
+        return record
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, Features]:
+        """(what the model returns, the outputs of the layers by name).
+
+        Raises:
+            RuntimeError: a layer was not called, or the hooks are gone.
+        """
+        if self._closed:
+            raise RuntimeError("this capture is closed")
+        self._found = {}
+        try:
+            output = self.model(*args, **kwargs)
+            found = self._found
+        finally:
+            self._found = None
+        missing = [name for name in self.names if name not in found]
+        if missing:
+            raise RuntimeError(f"the model did not call {', '.join(map(repr, missing))}")
+        return output, {name: found[name] for name in self.names}
+
+    def close(self) -> None:
+        """Takes the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._closed = [], True
+
+    def __enter__(self) -> FeatureCapture:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
