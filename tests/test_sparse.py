@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -362,7 +363,7 @@ def test_errors() -> None:
         "min_log_prob goes with": lambda: topk_div(s, v, i, min_log_prob=-5.0),
         "unknown missing 'zero'": lambda: topk_div(s, v, i, missing="zero"),
         "temperature must be positive": lambda: topk_div(s, v, i, temperature=0.0),
-        "gets no gradient": lambda: topk_div(s, v, i, temperature=torch.tensor(2.0, requires_grad=True)),
+        "gets no gradient": lambda: topk_div(s, v, i, num_items=torch.tensor(2.0, requires_grad=True)),
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
@@ -385,6 +386,43 @@ def test_clamped_log_probs(target: Target) -> None:
     expected = (b.exp() * (b - a)).sum()
     close(loss, expected)
     close(ds, torch.autograd.grad(expected, x)[0])
+
+
+@pytest.mark.parametrize("missing, divergence", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_temperature_learns(
+    fused: Target, missing: str, divergence: str, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    s, teacher = scores(generator, 4, 23)
+    student = (s + 300).to(dtype)
+    if missing != "uniform":
+        student[1, 3:7] = -math.inf  # autograd's own -inf / T is NaN
+    if missing in ("none", "tail", "uniform"):
+        teacher = teacher.log_softmax(-1)
+        kind = "log_probs"
+    else:
+        kind = "logits"
+    values, indices = teacher[:, :3].to(dtype), torch.arange(3).expand(4, 3)
+    upstream = torch.tensor([0.5, 2.0, -1.0, 3.0])
+
+    def gradients(x: torch.Tensor, backend: str, wanted: tuple[bool, bool]) -> list[torch.Tensor]:
+        x = x.to(fused.device).requires_grad_(wanted[0])
+        wide = torch.promote_types(x.dtype, torch.float32)
+        temperature = torch.tensor(1.5, device=fused.device, dtype=wide, requires_grad=wanted[1])
+        loss = topk_div(
+            x, values.to(x), indices.to(x.device), missing=missing, divergence=divergence, temperature=temperature,
+            teacher_values_are=kind, reduction="none", backend=backend,
+        )  # fmt: skip
+        leaves = [leaf for leaf, want in zip((x, temperature), wanted, strict=True) if want]
+        return [g.double().cpu() for g in torch.autograd.grad(loss, leaves, upstream.to(loss))]
+
+    ds, dt = gradients(student.clone(), fused.backend, (True, True))
+    (alone,) = gradients(student.clone(), fused.backend, (False, True))
+    expected_ds, expected_dt = gradients(student.double().clamp(min=-1e4), "reference", (True, True))
+    roundoff = torch.finfo(dtype).eps
+    close(ds, expected_ds, rtol=2 * roundoff, atol=1e-6 + roundoff / 8)
+    close(dt, expected_dt, rtol=2 * roundoff + 1e-5, atol=1e-5)
+    assert torch.equal(alone, dt)
 
 
 def test_module_and_second_derivative(fused: Target, generator: torch.Generator) -> None:

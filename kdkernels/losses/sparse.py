@@ -68,7 +68,7 @@ def topk_div(
         teacher_values_are: "logits", or "log_probs": normalised over all V classes and already at their temperature,
             which "none", "tail" and "uniform" need, since k logits do not tell the teacher's mass.
         min_log_prob: with missing="none", the log-probabilities of both are raised to this; no gradient below.
-        temperature: T > 0, a number or a tensor with one element. It gets no gradient.
+        temperature: T > 0, a number or a tensor with one element, which may require a gradient.
         teacher_temperature: the teacher's own T, for logits; default: the student's.
         scale_by_t2: multiply by the square of the student's temperature.
         dim: the class axis; only the last one.
@@ -102,8 +102,8 @@ def topk_div(
     checks.choice("divergence", divergence, tuple(DIVERGENCES))
     checks.choice("teacher_values_are", teacher_values_are, TEACHER_VALUES)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
-    checks.number("temperature", temperature, low=0, open_low=True)
-    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True)
+    checks.number("temperature", temperature, low=0, open_low=True, learnable=True)
+    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, learnable=True)
     checks.number("num_items", num_items, low=0, open_low=True)
     _exclusions(missing, divergence, teacher_values_are, min_log_prob, teacher_temperature)
     indices = _sparse(student_logits, teacher_values, teacher_indices, dim)

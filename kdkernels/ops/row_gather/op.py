@@ -102,26 +102,39 @@ backward_op = define(
 
 
 class RowGather(torch.autograd.Function):
-    """Statistics now; the gradient, which is as long as the row, when its upstream is known."""
+    """Statistics now; the gradient, which is as long as the row, when its upstream is known.
+
+    The temperature is a tensor that learns, or None; the scalars have its value.
+    """
 
     @staticmethod
-    def forward(ctx, student, indices, live, scalars, options):
+    def forward(ctx, student, temperature, indices, live, scalars, options):
         outside, backend = options
         gathered, rest, total, stats = forward_op(student, indices, live, scalars, outside, backend)
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(gathered, student, indices, live, scalars, stats)
+        if any(ctx.needs_input_grad[:2]):
+            ctx.save_for_backward(gathered, temperature, student, indices, live, scalars, stats)
             ctx.options = options
         return gathered, rest, total
 
     @staticmethod
     def backward(ctx, g, g_rest, g_total):
-        gathered, *saved = ctx.saved_tensors
+        gathered, temperature, student, *saved = ctx.saved_tensors
         outside, backend = ctx.options
+        d_temperature = None
         with torch.no_grad():
+            # A temperature learns from the sum of all gradients times their scores: not from rounded ones.
+            wide = student.float() if ctx.needs_input_grad[1] else student
             ds = backward_op(
-                *saved, g, g_rest if outside >= REST else None, g_total if outside == REST_AND_TOTAL else None, backend
-            )
-        return (*first_order("topk_div", gathered, (ds,)), None, None, None, None)
+                wide, *saved, g, g_rest if outside >= REST else None, g_total if outside == REST_AND_TOTAL else None,
+                backend,
+            )  # fmt: skip
+            if ctx.needs_input_grad[1]:
+                # A row's gradients add up to 0, so that its largest score may be taken off first.
+                scores = (wide - wide.amax(-1, keepdim=True)).where(ds != 0, 0.0)
+                d_temperature = (-(scores * ds).sum(dtype=torch.float64) / temperature).to(temperature.dtype)
+                d_temperature = d_temperature.reshape(temperature.shape)
+            ds = ds.to(student.dtype) if ctx.needs_input_grad[0] else None
+        return (*first_order("topk_div", gathered, (ds, d_temperature)), None, None, None, None)
 
 
 def row_gather(
@@ -152,6 +165,7 @@ def row_gather(
     rows, k = indices.shape[:-1], indices.shape[-1]
     gathered, rest, total = RowGather.apply(
         student,
+        temperature if isinstance(temperature, torch.Tensor) and temperature.requires_grad else None,
         indices.reshape(-1, k).contiguous(),
         None if live is None else live.reshape(-1).to(torch.uint8).contiguous(),
         pack((temperature,)),
