@@ -127,8 +127,9 @@ def test_entries_at_minus_one_are_left_out(
     at = F.pad(indices, (2, 1), value=-1)
     loss, ds, dv = run(target, s, padded, at, divergence=divergence, **options)
     close(loss, expected[0], atol=0, rtol=1e-6)
-    close(ds, expected[1], atol=1e-8, rtol=1e-5)
-    close(dv, F.pad(expected[2], (2, 1)), atol=1e-8, rtol=1e-5)
+    # Gradients cancel to 0 from terms of order 1.
+    close(ds, expected[1], atol=5e-7, rtol=1e-5)
+    close(dv, F.pad(expected[2], (2, 1)), atol=5e-7, rtol=1e-5)
 
 
 @pytest.mark.parametrize("missing, divergence", VARIANTS)
