@@ -13,6 +13,8 @@ from kdkernels.losses import checks
 from kdkernels.losses.module import LossModule
 from kdkernels.losses.relational import EPS, _embeddings, _normalized, _plain
 from kdkernels.ops.edge_relation import op as edge_relation
+from kdkernels.ops.gram_match.kinds import Kind, Normalize
+from kdkernels.ops.gram_match.op import gram_match
 from kdkernels.ops.graph_closure import op as closure
 from kdkernels.ops.pairwise_distance import op as pairwise
 from kdkernels.ops.pairwise_distance import reference as pairwise_reference
@@ -20,6 +22,7 @@ from kdkernels.ops.pairwise_distance.reference import smooth_l1
 from kdkernels.ops.scalars import Number, readable
 
 KERNELS = ("linear", "polynomial", "euclidean", "rbf")
+GRAM_BACKENDS = ("cpu", "reference")  # where gram_match has kernels; elsewhere products are made from distances
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
@@ -111,6 +114,13 @@ def global_structure_loss(
     checks.choice("reduction", reduction, ("mean", "sum"))
     student, teacher = _embeddings(student, teacher)
     backend = backends.resolve("global_structure_loss", (student, teacher), backend)
+    if kernel == "linear" and backend in GRAM_BACKENDS:
+        n = student.shape[0]
+        return gram_match(
+            student.unsqueeze(0), teacher.unsqueeze(0), kind=Kind.LINEAR,
+            normalize=Normalize.CLAMPED if normalize else Normalize.NONE,
+            scale=1.0 / max(n * n, 1) if reduction == "mean" else 1.0, backend=backend,
+        )  # fmt: skip
     s, t = (_kernel_matrix(x, backend, kernel, normalize, gamma, degree, offset, squared) for x in (student, teacher))
     return (s - t).pow(2).sum() if reduction == "sum" else mean_square(s - t)
 
