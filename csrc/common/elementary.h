@@ -27,6 +27,7 @@ KDK_HD float vexp(float x) {
 KDK_HD float vexp_nonpositive(float x) { return vexp(x); }
 KDK_HD float vlog(float x) { return logf(x); }
 KDK_HD float vlog_unit(float x) { return logf(x); }
+KDK_HD float vlog_normal(float x) { return logf(x); }
 KDK_HD float vexpm1(float x) { return expm1f(x); }
 
 #else
@@ -107,6 +108,8 @@ KDK_HD float log_normal(float x, float lift) {
   return f + tail + e * 0.693359375f;
 }
 
+// For positive x that are neither subnormal nor infinite.
+KDK_HD float vlog_normal(float x) { return log_normal(x, 0.f); }
 // For 0 <= x <= 1 that is no subnormal.
 KDK_HD float vlog_unit(float x) { return x == 0.f ? -INFINITY : log_normal(x, 0.f); }
 

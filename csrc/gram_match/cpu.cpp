@@ -38,7 +38,7 @@ struct Gram {
   float* values = nullptr;
   float *unit = nullptr, *through = nullptr;           // by row
   float *column = nullptr, *column_through = nullptr;  // by feature: length; kColumns only
-  float *length = nullptr, *dot = nullptr;             // by row, as the epilogue's Side
+  float *inverse = nullptr, *dot = nullptr;            // by row, as the epilogue's Side
   float factor = 1.f;
 };
 
@@ -49,9 +49,10 @@ struct RowPair {
   const Gram &s, &t;
 };
 
+constexpr int64_t kRun = 512;  // elements whose sum is a float
 template <typename Body>
-void in_runs(int64_t n, const Body& body) {  // floats are summed over 512 elements at a time
-  for (int64_t j = 0; j < n; j += 512) body(j, least(n, j + 512));
+void in_runs(int64_t n, const Body& body) {
+  for (int64_t j = 0; j < n; j += kRun) body(j, least(n, j + kRun));
 }
 
 // The scale and the slopes' sum of row i in either model, and its share of the loss.
@@ -64,8 +65,7 @@ KDK_ONE_COPY double row_value(const RowPair& m, int64_t i) {
   const float *gs = m.s.values + i * m.p.row, *gt = m.t.values + i * m.p.row;
   const float *us = m.s.unit, *ut = m.t.unit, *weights = m.p.weights;
   const float fs = m.s.factor * us[i], ft = m.t.factor * ut[i];
-  const bool square = m.p.symmetric;  // else the columns have no units
-  Side of_s = {1.f, 0.f}, of_t = {1.f, 0.f};
+  Side of_s = {1.f, 0.f, 1.f}, of_t = {1.f, 0.f, 1.f};
   if constexpr (kKind == kRows || kKind == kRowsL1 || kKind == kProbabilities ||
                 kKind == kLengths) {
     double sum_s = 0.0, sum_t = 0.0;
@@ -73,8 +73,7 @@ KDK_ONE_COPY double row_value(const RowPair& m, int64_t i) {
       float part_s = 0.f, part_t = 0.f;
 #pragma omp simd reduction(+ : part_s, part_t)
       for (int64_t j = begin; j < end; ++j) {
-        const float s = fs * (square ? us[j] : 1.f) * gs[j],
-                    t = ft * (square ? ut[j] : 1.f) * gt[j];
+        const float s = fs * us[j] * gs[j], t = ft * ut[j] * gt[j];
         if constexpr (kKind == kRows) {
           part_s += s * s, part_t += t * t;
         } else if constexpr (kKind == kRowsL1) {
@@ -89,7 +88,7 @@ KDK_ONE_COPY double row_value(const RowPair& m, int64_t i) {
     });
     if constexpr (kKind == kLengths) {
       const double length = std::sqrt(sum_s);
-      m.s.length[i] = m.t.length[i] = length > 0.0 ? static_cast<float>(length) : INFINITY;
+      m.s.inverse[i] = m.t.inverse[i] = length > 0.0 ? static_cast<float>(1.0 / length) : 0.f;
       m.s.dot[i] = m.t.dot[i] = 0.f;
       return length;
     }
@@ -100,6 +99,7 @@ KDK_ONE_COPY double row_value(const RowPair& m, int64_t i) {
       return static_cast<float>(sum > least ? sum : least);
     };
     of_s.length = length(sum_s), of_t.length = length(sum_t);
+    of_s.inverse = 1.f / of_s.length, of_t.inverse = 1.f / of_t.length;
   }
   constexpr bool kDots = kKind == kRows || kKind == kRowsL1 || kKind == kProbabilities;
   double value = 0.0, dot_s = 0.0, dot_t = 0.0;
@@ -107,7 +107,7 @@ KDK_ONE_COPY double row_value(const RowPair& m, int64_t i) {
     float part = 0.f, part_s = 0.f, part_t = 0.f;
 #pragma omp simd reduction(+ : part, part_s, part_t)
     for (int64_t j = begin; j < end; ++j) {
-      const float s = fs * (square ? us[j] : 1.f) * gs[j], t = ft * (square ? ut[j] : 1.f) * gt[j];
+      const float s = fs * us[j] * gs[j], t = ft * ut[j] * gt[j];
       const float v = e.value(s, of_s, t, of_t);
       part += kKind == kSigned ? weights[j] * v : v;
       if constexpr (kDots) {
@@ -122,8 +122,8 @@ KDK_ONE_COPY double row_value(const RowPair& m, int64_t i) {
     if (of_s.length <= e.eps) dot_s = 0.0;
     if (of_t.length <= e.eps) dot_t = 0.0;
   }
-  m.s.length[i] = of_s.length, m.s.dot[i] = static_cast<float>(dot_s);
-  m.t.length[i] = of_t.length, m.t.dot[i] = static_cast<float>(dot_t);
+  m.s.inverse[i] = of_s.inverse, m.s.dot[i] = static_cast<float>(dot_s);
+  m.t.inverse[i] = of_t.inverse, m.t.dot[i] = static_cast<float>(dot_t);
   return kKind == kSigned ? static_cast<double>(weights[i]) * value : value;
 }
 
@@ -138,13 +138,18 @@ KDK_ONE_COPY void row_slope(const RowPair& m, bool student, int64_t i, float* ou
   const int64_t n = m.p.columns;
   const float *go = own.values + i * m.p.row, *gp = other.values + i * m.p.row;
   const float *uo = own.unit, *up = other.unit, *weights = m.p.weights;
-  const Side mine = {own.length[i], own.dot[i]}, theirs = {other.length[i], other.dot[i]};
+  const Side mine = {1.f, own.dot[i], own.inverse[i]},
+             theirs = {1.f, other.dot[i], other.inverse[i]};
   const float fo = own.factor * uo[i], fp = other.factor * up[i];
   const float outer = m.p.scale * own.factor;
   if (!m.p.symmetric) {
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j)
       out[j] = outer * e.slope(student, fo * go[j], mine, fp * gp[j], theirs);
+    return;
+  }
+  if (n == 1 && e.by_row()) {  // always 1
+    out[0] = 0.f;
     return;
   }
   const float by_row = outer * uo[i] * (kKind == kSigned ? weights[i] : 1.f);
@@ -157,8 +162,9 @@ KDK_ONE_COPY void row_slope(const RowPair& m, bool student, int64_t i, float* ou
       const float c = fo * uo[j] * go[j], d = fp * up[j] * gp[j];
       float t;
       if constexpr (kKind == kRows || kKind == kRowsL1 || kKind == kProbabilities) {
-        t = e.slope(student, c, mine, d, theirs) +
-            e.slope(student, c, {own.length[j], own.dot[j]}, d, {other.length[j], other.dot[j]});
+        t = e.slope(student, c, mine, d, theirs) + e.slope(student, c,
+                                                           {1.f, own.dot[j], own.inverse[j]}, d,
+                                                           {1.f, other.dot[j], other.inverse[j]});
       } else {
         t = 2.f * e.slope(student, c, mine, d, theirs);
       }
@@ -229,13 +235,13 @@ class Worker {
 
  private:
   Gram reserve(Scratch& memory, const Tensor& x, float factor) {
-    const int64_t features = p_.normalize == kColumns ? x.shape[2] : 0, row = p_.row;
-    float* at = memory.floats(up_to(p_.rows, kPanel) * row + 4 * row + 2 * up_to(features, kPanel));
+    const int64_t side = up_to(p_.rows > p_.columns ? p_.rows : p_.columns, kPanel),
+                  features = p_.normalize == kColumns ? up_to(x.shape[2], kPanel) : 0;
+    float* at = memory.floats(4 * side + 2 * features + up_to(p_.rows, kPanel) * p_.row);
     Gram g;
     g.factor = factor;
-    for (float** part : {&g.unit, &g.through, &g.length, &g.dot}) *part = at, at += row;
-    g.column = at, at += up_to(features, kPanel);
-    g.column_through = at, at += up_to(features, kPanel);
+    for (float** part : {&g.unit, &g.through, &g.inverse, &g.dot}) *part = at, at += side;
+    for (float** part : {&g.column, &g.column_through}) *part = at, at += features;
     g.values = at;
     return g;
   }
@@ -283,6 +289,7 @@ class Worker {
     if (x.columns == 0)
       for (int64_t i = 0; i < x.rows * p_.row; ++i) g.values[i] = 0.f;
     if (!y) mirror(g.values, left);
+    for (int64_t i = 0; i < (y ? p_.columns : 0); ++i) g.unit[i] = 1.f;
     for (int64_t i = 0; i < x.rows; ++i) {
       const Unit u = unit_of(squares[i], p_.normalize, static_cast<double>(p_.epilogue.eps));
       g.unit[i] = u.scale, g.through[i] = u.through;

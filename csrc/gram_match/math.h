@@ -26,10 +26,11 @@ enum Normalize : int {
 // Places in the float32 tensor `scalars`.
 enum Scalar : int { kScale = 0, kStudentFactor = 1, kTeacherFactor = 2, kEps = 3, kGamma = 4 };
 
-// What a row's normalisation needs: its length (infinite for a row of zeros, which stays so), and
-// what comes back through it.
+// What a row's normalisation needs: its length (infinite for a row of zeros, which stays so), what
+// comes back through it, and the length's inverse. The loss divides, so that a row of one element
+// is exactly 1; slopes multiply.
 struct Side {
-  float length, dot;
+  float length, dot, inverse;
 };
 
 // e^z cut off after z^order / order!, less the constant 1, and its derivative by z.
@@ -48,7 +49,9 @@ struct Epilogue {
   float eps, gamma;
   float decay;  // e^(-2 gamma)
 
-  KDK_HD float probability(float c, Side side) const { return (0.5f * c + 0.5f) / side.length; }
+  KDK_HD float probability(float c, Side side) const { return (0.5f * c + 0.5f) * side.inverse; }
+  // Whether elements are compared within rows that are normalised.
+  KDK_HD bool by_row() const { return kind == kRows || kind == kRowsL1 || kind == kProbabilities; }
 
   // The element's share of the loss.
   KDK_HD float value(float s, Side of_s, float t, Side of_t) const {
@@ -66,9 +69,9 @@ struct Epilogue {
         return e * e;
       }
       case kProbabilities: {
-        const float p = probability(s, of_s), q = probability(t, of_t);
+        const float p = (0.5f * s + 0.5f) / of_s.length, q = (0.5f * t + 0.5f) / of_t.length;
         // Both sum to 1: with p - q added the rounding of a row's sum has no share in its terms.
-        return q * vlog((q + eps) / (p + eps)) + (p - q);
+        return q * vlog_normal((q + eps) / (p + eps)) + (p - q);
       }
       case kSigned: return s * s;
       default: return (s - t) * (s - t);
@@ -81,12 +84,12 @@ struct Epilogue {
     if (kind == kProbabilities) {
       const float p = probability(own, of_own), q = probability(other, of_other);
       if (student) return (p - q + eps) / (p + eps);
-      return vlog((p + eps) / (q + eps)) - eps / (p + eps);
+      return vlog_normal((p + eps) / (q + eps)) - eps / (p + eps);
     }
-    return own / of_own.length - other / of_other.length;  // rows; half of it
+    return own * of_own.inverse - other * of_other.inverse;  // rows; half of it
   }
   KDK_HD float outer_value(float own, Side of_own) const {
-    return kind == kProbabilities ? probability(own, of_own) : own / of_own.length;
+    return kind == kProbabilities ? probability(own, of_own) : own * of_own.inverse;
   }
 
   // The loss's slope by element c_ij of one model as an element of row i.
@@ -99,19 +102,19 @@ struct Epilogue {
         return 4.f * gamma * decay * decay * (v - w) * d;
       }
       case kRows:
-        return 2.f / of_own.length *
+        return 2.f * of_own.inverse *
                (outer_slope(student, own, of_own, other, of_other) -
-                own / of_own.length * of_own.dot);
+                own * of_own.inverse * of_own.dot);
       case kRowsL1: {
         const float sign = own > 0.f ? 1.f : own < 0.f ? -1.f : 0.f;
-        return 2.f / of_own.length *
+        return 2.f * of_own.inverse *
                (outer_slope(student, own, of_own, other, of_other) - sign * of_own.dot);
       }
       case kProbabilities:
-        return 0.5f / of_own.length *
+        return 0.5f * of_own.inverse *
                (outer_slope(student, own, of_own, other, of_other) - of_own.dot);
       case kSigned: return 2.f * own;
-      case kLengths: return (own - other) / of_own.length;
+      case kLengths: return (own - other) * of_own.inverse;
       default: return 2.f * (own - other);
     }
   }
