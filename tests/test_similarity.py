@@ -358,7 +358,8 @@ def test_dead_channels(target: Target, name: str, shape: tuple[int, ...], genera
     s, t = maps(*shape, generator)
     s[:, 0], t[1] = 0, 0
     got = gradients(MAPS[name], s, t, backend=target.backend)
-    close(got, gradients(MAPS[name], s.to(F64), t.to(F64), backend="reference"), 5e-6)
+    # Over channels NST is a small difference of large numbers, here of one channel's with itself.
+    close(got, gradients(MAPS[name], s.to(F64), t.to(F64), backend="reference"), 4e-5)
     if name == "nst":
         assert not got[1][:, 0].any()
         assert not got[2][1].any()

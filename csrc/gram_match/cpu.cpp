@@ -36,11 +36,13 @@ struct Problem {
 // A Gram matrix, the factors of its rows and columns, and the statistics of its rows.
 struct Gram {
   float* values = nullptr;
-  float *unit = nullptr, *through = nullptr;           // by row
-  float *column = nullptr, *column_through = nullptr;  // by feature: length; kColumns only
-  float *inverse = nullptr, *dot = nullptr;            // by row, as the epilogue's Side
+  float *unit = nullptr, *through = nullptr;                    // by row
+  float *column = nullptr, *column_through = nullptr;           // by feature: length; kColumns only
+  float *length = nullptr, *dot = nullptr, *inverse = nullptr;  // by row, as the epilogue's Side
   float factor = 1.f;
 };
+
+KDK_INLINE Side side_of(const Gram& g, int64_t i) { return {g.length[i], g.dot[i], g.inverse[i]}; }
 
 // ---- rows of the epilogue; kind and order are constants here, so that the loops vectorise ----
 
@@ -93,13 +95,14 @@ KDK_ONE_COPY double row_value(const RowPair& m, int64_t i) {
       return length;
     }
     const auto length = [&](double sum) {
-      if (!(sum > 0.0)) return INFINITY;
+      if (!(sum > 0.0)) return 1.f;
       if (kKind == kRows) sum = std::sqrt(sum);
       const double least = kKind == kProbabilities ? 0.0 : static_cast<double>(e.eps);
       return static_cast<float>(sum > least ? sum : least);
     };
     of_s.length = length(sum_s), of_t.length = length(sum_t);
-    of_s.inverse = 1.f / of_s.length, of_t.inverse = 1.f / of_t.length;
+    of_s.inverse = sum_s > 0.0 ? 1.f / of_s.length : 0.f;
+    of_t.inverse = sum_t > 0.0 ? 1.f / of_t.length : 0.f;
   }
   constexpr bool kDots = kKind == kRows || kKind == kRowsL1 || kKind == kProbabilities;
   double value = 0.0, dot_s = 0.0, dot_t = 0.0;
@@ -122,8 +125,10 @@ KDK_ONE_COPY double row_value(const RowPair& m, int64_t i) {
     if (of_s.length <= e.eps) dot_s = 0.0;
     if (of_t.length <= e.eps) dot_t = 0.0;
   }
-  m.s.inverse[i] = of_s.inverse, m.s.dot[i] = static_cast<float>(dot_s);
-  m.t.inverse[i] = of_t.inverse, m.t.dot[i] = static_cast<float>(dot_t);
+  m.s.length[i] = of_s.length, m.s.inverse[i] = of_s.inverse,
+  m.s.dot[i] = static_cast<float>(dot_s);
+  m.t.length[i] = of_t.length, m.t.inverse[i] = of_t.inverse,
+  m.t.dot[i] = static_cast<float>(dot_t);
   return kKind == kSigned ? static_cast<double>(weights[i]) * value : value;
 }
 
@@ -138,18 +143,13 @@ KDK_ONE_COPY void row_slope(const RowPair& m, bool student, int64_t i, float* ou
   const int64_t n = m.p.columns;
   const float *go = own.values + i * m.p.row, *gp = other.values + i * m.p.row;
   const float *uo = own.unit, *up = other.unit, *weights = m.p.weights;
-  const Side mine = {1.f, own.dot[i], own.inverse[i]},
-             theirs = {1.f, other.dot[i], other.inverse[i]};
+  const Side mine = side_of(own, i), theirs = side_of(other, i);
   const float fo = own.factor * uo[i], fp = other.factor * up[i];
   const float outer = m.p.scale * own.factor;
   if (!m.p.symmetric) {
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j)
       out[j] = outer * e.slope(student, fo * go[j], mine, fp * gp[j], theirs);
-    return;
-  }
-  if (n == 1 && e.by_row()) {  // always 1
-    out[0] = 0.f;
     return;
   }
   const float by_row = outer * uo[i] * (kKind == kSigned ? weights[i] : 1.f);
@@ -162,9 +162,8 @@ KDK_ONE_COPY void row_slope(const RowPair& m, bool student, int64_t i, float* ou
       const float c = fo * uo[j] * go[j], d = fp * up[j] * gp[j];
       float t;
       if constexpr (kKind == kRows || kKind == kRowsL1 || kKind == kProbabilities) {
-        t = e.slope(student, c, mine, d, theirs) + e.slope(student, c,
-                                                           {1.f, own.dot[j], own.inverse[j]}, d,
-                                                           {1.f, other.dot[j], other.inverse[j]});
+        t = e.slope(student, c, mine, d, theirs) +
+            e.slope(student, c, side_of(own, j), d, side_of(other, j));
       } else {
         t = 2.f * e.slope(student, c, mine, d, theirs);
       }
@@ -175,7 +174,8 @@ KDK_ONE_COPY void row_slope(const RowPair& m, bool student, int64_t i, float* ou
     back += static_cast<double>(part);
   });
   if (through != 0.f)
-    out[i] -= outer * (kKind == kSigned ? weights[i] : 1.f) * through * static_cast<float>(back);
+    out[i] -=
+        m.p.scale * (kKind == kSigned ? weights[i] : 1.f) * through * static_cast<float>(back);
 }
 
 struct RowFunctions {
@@ -237,10 +237,11 @@ class Worker {
   Gram reserve(Scratch& memory, const Tensor& x, float factor) {
     const int64_t side = up_to(p_.rows > p_.columns ? p_.rows : p_.columns, kPanel),
                   features = p_.normalize == kColumns ? up_to(x.shape[2], kPanel) : 0;
-    float* at = memory.floats(4 * side + 2 * features + up_to(p_.rows, kPanel) * p_.row);
+    float* at = memory.floats(5 * side + 2 * features + up_to(p_.rows, kPanel) * p_.row);
     Gram g;
     g.factor = factor;
-    for (float** part : {&g.unit, &g.through, &g.inverse, &g.dot}) *part = at, at += side;
+    for (float** part : {&g.unit, &g.through, &g.length, &g.dot, &g.inverse})
+      *part = at, at += side;
     for (float** part : {&g.column, &g.column_through}) *part = at, at += features;
     g.values = at;
     return g;

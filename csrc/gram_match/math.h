@@ -26,12 +26,21 @@ enum Normalize : int {
 // Places in the float32 tensor `scalars`.
 enum Scalar : int { kScale = 0, kStudentFactor = 1, kTeacherFactor = 2, kEps = 3, kGamma = 4 };
 
-// What a row's normalisation needs: its length (infinite for a row of zeros, which stays so), what
-// comes back through it, and the length's inverse. The loss divides, so that a row of one element
-// is exactly 1; slopes multiply.
+// What a row's normalisation needs: its length and the inverse (1 and 0 for a row of zeros, which
+// stays so), and what comes back through it.
 struct Side {
   float length, dot, inverse;
 };
+
+// x over the row's length as if it were divided, so that a row of one element is exactly 1.
+KDK_HD float quotient(float x, Side side) {
+#if defined(__CUDACC__) || defined(KDK_CUDA_ON_CPU) || defined(__FMA__) || defined(__aarch64__)
+  const float q = x * side.inverse;
+  return fmaf(fmaf(-q, side.length, x), side.inverse, q);
+#else
+  return x / side.length;
+#endif
+}
 
 // e^z cut off after z^order / order!, less the constant 1, and its derivative by z.
 KDK_HD void series(float z, int order, float& value, float& slope) {
@@ -49,7 +58,7 @@ struct Epilogue {
   float eps, gamma;
   float decay;  // e^(-2 gamma)
 
-  KDK_HD float probability(float c, Side side) const { return (0.5f * c + 0.5f) * side.inverse; }
+  KDK_HD float probability(float c, Side side) const { return quotient(0.5f * c + 0.5f, side); }
   // Whether elements are compared within rows that are normalised.
   KDK_HD bool by_row() const { return kind == kRows || kind == kRowsL1 || kind == kProbabilities; }
 
@@ -65,11 +74,11 @@ struct Epilogue {
       }
       case kRows:
       case kRowsL1: {
-        const float e = s / of_s.length - t / of_t.length;
+        const float e = quotient(s, of_s) - quotient(t, of_t);
         return e * e;
       }
       case kProbabilities: {
-        const float p = (0.5f * s + 0.5f) / of_s.length, q = (0.5f * t + 0.5f) / of_t.length;
+        const float p = probability(s, of_s), q = probability(t, of_t);
         // Both sum to 1: with p - q added the rounding of a row's sum has no share in its terms.
         return q * vlog_normal((q + eps) / (p + eps)) + (p - q);
       }
@@ -86,10 +95,10 @@ struct Epilogue {
       if (student) return (p - q + eps) / (p + eps);
       return vlog_normal((p + eps) / (q + eps)) - eps / (p + eps);
     }
-    return own * of_own.inverse - other * of_other.inverse;  // rows; half of it
+    return quotient(own, of_own) - quotient(other, of_other);  // rows; half of it
   }
   KDK_HD float outer_value(float own, Side of_own) const {
-    return kind == kProbabilities ? probability(own, of_own) : own * of_own.inverse;
+    return kind == kProbabilities ? probability(own, of_own) : quotient(own, of_own);
   }
 
   // The loss's slope by element c_ij of one model as an element of row i.
@@ -104,7 +113,7 @@ struct Epilogue {
       case kRows:
         return 2.f * of_own.inverse *
                (outer_slope(student, own, of_own, other, of_other) -
-                own * of_own.inverse * of_own.dot);
+                quotient(own, of_own) * of_own.dot);
       case kRowsL1: {
         const float sign = own > 0.f ? 1.f : own < 0.f ? -1.f : 0.f;
         return 2.f * of_own.inverse *

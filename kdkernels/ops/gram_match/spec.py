@@ -218,7 +218,7 @@ sp, cosine, cc = (
 )
 SPEC = Spec(
     family="gram_match",
-    backends=("reference", "cpu"),
+    backends=("reference", "cpu", "triton", "cuda"),
     cases=(
         _samples("similarity_preserving", sp, eager=eager_similarity_preserving, headline=True),
         _samples("similarity_preserving-l1", sp, norm="l1", reduction="sum"),
