@@ -23,8 +23,8 @@ from kdkernels.ops.triton_util import INTERPRETED
 TILE, DEPTH = 64, 32  # outputs on a side of a tile, products of an output at a time
 VECTORS, ELEMENTS = 16, 64  # of a program that measures lengths
 ROW, BLOCK = 1024, 1024  # elements of a row, and rows' values, at a time
-SERIES, ROWS, ROWS_L1, PROBABILITIES, SIGNED, LENGTHS = (tl.constexpr(int(k)) for k in list(Kind)[1:])
-SHIFTED, COLUMNS = tl.constexpr(int(Normalize.SHIFTED)), tl.constexpr(int(Normalize.COLUMNS))
+SERIES, ROWS, ROWS_L1, PROBABILITIES, SIGNED, LENGTHS = (tl.constexpr(k.value) for k in list(Kind)[1:])
+SHIFTED, COLUMNS = tl.constexpr(Normalize.SHIFTED.value), tl.constexpr(Normalize.COLUMNS.value)
 
 
 # ---------------------------------------------------------------------------- one element, as in csrc/gram_match/math.h
