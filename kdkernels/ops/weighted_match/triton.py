@@ -100,9 +100,12 @@ def _power_slope(x, p, EXPONENT: tl.constexpr, ODD: tl.constexpr):
 @triton.jit
 def _weights(weight, at, mask, SIZE: tl.constexpr):
     """Weights from an optional tensor: 1 where there is none."""
+    # One return: the compiler goes on behind another.
     if weight is None:
-        return tl.full([SIZE], 1.0, tl.float32)
-    return tl.load(weight + at, mask=mask, other=0.0)
+        weights = tl.full([SIZE], 1.0, tl.float32)
+    else:
+        weights = tl.load(weight + at, mask=mask, other=0.0)
+    return weights
 
 
 @triton.jit
