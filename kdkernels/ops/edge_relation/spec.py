@@ -25,7 +25,7 @@ def make_graph(shape: Shape, generator: torch.Generator) -> dict[str, torch.Tens
 
 
 def eager_local_structure(
-    student: torch.Tensor, teacher: torch.Tensor, edge_index: torch.Tensor, kernel: str, **_: Any
+    student: torch.Tensor, teacher: torch.Tensor, edge_index: torch.Tensor, kernel: str, gamma: float = 0.0, **_: Any
 ) -> torch.Tensor:
     """With a tensor of edges times features, and PyG's softmax over a node's edges."""
     source, target = edge_index
@@ -35,7 +35,7 @@ def eager_local_structure(
         if kernel == "linear":
             value = F.cosine_similarity(x[source], x[target])
         else:
-            value = torch.exp(-0.005 * (x[source] - x[target]).pow(2).sum(1))
+            value = torch.exp(-gamma * (x[source] - x[target]).pow(2).sum(1))
         top = value.detach().new_full((nodes,), -torch.inf).scatter_reduce(0, target, value.detach(), "amax")
         value = (value - top[target]).exp()
         return value / value.new_zeros(nodes).scatter_add(0, target, value)[target]
@@ -60,7 +60,7 @@ SPEC = Spec(
     family="edge_relation",
     backends=("reference", "cpu", "triton"),
     cases=(
-        _case("local_structure", eager_local_structure, kernel="rbf"),
+        _case("local_structure", eager_local_structure, kernel="rbf", gamma=0.5),
         _case("local_structure-cosine", eager_local_structure, kernel="linear", normalize=True),
         _case("local_structure-polynomial", kernel="polynomial", offset=0.5, degree=3, reduction="edges"),
         _case("local_structure-euclidean", kernel="euclidean", squared=False, divergence="mse", reduction="sum"),
