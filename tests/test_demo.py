@@ -14,7 +14,7 @@ pytest.importorskip("sklearn")
 import torch
 
 from kdkernels import backends, demo
-from kdkernels.demo import classification, data, models, relations
+from kdkernels.demo import classification, data, models, relations, segmentation
 from kdkernels.demo.classification import ALONE, FUSED, PLAIN, Config
 
 TINY = ("--epochs", "2", "--students", "2", "--teacher-epochs", "1", "--no-large")
@@ -166,6 +166,48 @@ def test_report_and_plot_of_relations(tmp_path):
     for expected in ("nearest neighbours", "labels + similarity_preserving_loss, kdkernels", "weight 10", "Backend: "):
         assert expected in out
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_and_plot_of_segmentation(tmp_path):
+    code, out, err = command(*TINY, "--task", "segmentation", "--plot", str(tmp_path / "iou.png"))
+    assert (code, err) == (0, "")
+    for expected in ("mean IoU", "labels + pixel-wise, kdkernels", "channel-wise (CWD), plain PyTorch", "Backend: "):
+        assert expected in out
+    assert (tmp_path / "iou.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_segmentation_trains_alike():
+    config = segmentation.Config(epochs=3, students=1, teacher_epochs=1, device="cpu")
+    bar = Silent()
+    found = segmentation.run(config, bar)
+    assert bar.steps == config.steps
+    assert found.difference() < 1e-4
+    assert all(0 < p.iou <= 100 for pupils in found.pupils.values() for p in pupils)
+
+
+def test_mean_iou():
+    images = torch.zeros(2, 1, 2, 2)
+    images[0, 0, 0] = 1
+    pixels = segmentation.pixel_labels(images, torch.tensor([3, 5]))
+    assert pixels.tolist() == [[[4, 4], [0, 0]], [[0, 0], [0, 0]]]
+
+    def said(x):
+        return torch.nn.functional.one_hot(pixels.flip(0), segmentation.CLASSES).movedim(-1, 1).float()
+
+    # The background: 4 of 8 in either are in both; digit 3: none of its 2; every other class is absent.
+    assert abs(segmentation.mean_iou(said, images, pixels) - 100 * 0.5 / segmentation.CLASSES) < 1e-5
+
+
+def test_features_is_a_task(tmp_path):
+    code, out, err = command(*TINY, "--task", "features", "--loss", "hint")
+    assert (code, err) == (0, "")
+    assert "hint_loss" in out
+    code, _, err = command(*TINY, "--task", "features", "--loss", "rkd")
+    assert code == 2
+    assert "takes --loss at, channel-at, hint, pkd" in err
+    code, _, err = command(*TINY, "--task", "segmentation", "--loss", "rkd")
+    assert code == 2
+    assert "leave --loss out" in err
 
 
 def test_nearest_neighbours():

@@ -42,6 +42,9 @@ def _plot(text: str) -> Path:
     return path
 
 
+TASKS = ("classification", "features", "segmentation")
+
+
 def _loss(text: str) -> str:
     from kdkernels.demo.relations import RELATIONS
 
@@ -53,8 +56,12 @@ def _loss(text: str) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--loss", type=_loss, default=SCORES, help="kd: a teacher's scores (default); or its relations between images, in a "
-        "middle layer: rkd, sp, cc, pkt, graph, gram, nst",
+        "--task", choices=TASKS, default=TASKS[0], help="classification; features: the same with a loss between maps (at unless "
+        "--loss says another); segmentation: each pixel's digit, with pixel-wise and channel-wise losses",
+    )  # fmt: skip
+    parser.add_argument(
+        "--loss", type=_loss, help="kd: a teacher's scores (default); or its relations between images, in a "
+        "middle layer: rkd, sp, cc, pkt, graph, gram, nst; or its map there: at, channel-at, hint, pkd",
     )  # fmt: skip
     parser.add_argument(
         "--weight", type=_number(float, 0), help="of a relational loss beside the labels' (default: its own)"
@@ -87,19 +94,31 @@ def run(args: argparse.Namespace) -> int:
     """Trains, prints, draws. Returns the exit code: 0, or 2 where the backend asked for cannot run."""
     from kdkernels.backends import BackendError
     from kdkernels.cli.console import progress
-    from kdkernels.demo import classification, relations, report
+    from kdkernels.demo import classification, relations, report, segmentation
 
+    loss = args.loss or (relations.FEATURES[0] if args.task == "features" else SCORES)
+    if args.task == "features" and loss not in relations.FEATURES:
+        print(
+            f"kdkernels demo: --task features takes --loss {', '.join(relations.FEATURES)}; got {loss}", file=sys.stderr
+        )
+        return 2
+    if args.task == "segmentation" and args.loss:
+        print("kdkernels demo: --task segmentation shows both of its losses: leave --loss out", file=sys.stderr)
+        return 2
     common = {
         "seed": args.seed, "epochs": args.epochs, "students": args.students, "teacher_epochs": args.teacher_epochs,
         "backend": args.backend, "device": args.device,
     }  # fmt: skip
     experiment: Any
-    if args.loss == SCORES:
+    if args.task == "segmentation":
+        experiment = shown = segmentation
+        config = segmentation.Config(**common)
+    elif loss == SCORES:
         experiment, shown = classification, report
         config = classification.Config(**common, temperature=args.temperature, alpha=args.alpha, large=args.large)
     else:
         experiment = shown = relations
-        config = relations.Config(**common, loss=args.loss, weight=args.weight)
+        config = relations.Config(**common, loss=loss, weight=args.weight)
     try:
         with progress(config.steps, lines=False) as bar:
             outcome = experiment.run(config, bar)

@@ -49,7 +49,12 @@ RELATIONS = {
     "graph": Relation("graph_structure_loss", "embedding", 1.0),
     "gram": Relation("gram_loss", "map", 1000.0),
     "nst": Relation("nst_loss", "map", 100.0),
+    "at": Relation("attention_transfer_loss", "map", 3000.0),
+    "channel-at": Relation("channel_attention_transfer_loss", "map", 30.0),
+    "hint": Relation("hint_loss", "map", 0.3),
+    "pkd": Relation("pearson_feature_loss", "map", 10.0),
 }
+FEATURES = ("at", "channel-at", "hint", "pkd")
 
 
 @dataclass(frozen=True)
