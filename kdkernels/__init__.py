@@ -117,6 +117,7 @@ from kdkernels.losses.retrieval import (
     margin_mse_loss,
     margin_ranking_loss,
 )
+from kdkernels.losses.sequence import LinearSequenceLoss, SequenceLoss, linear_sequence_loss, sequence_loss
 from kdkernels.losses.similarity import (
     CorrelationCongruenceLoss,
     CosineSimilarityMatrixLoss,
@@ -182,6 +183,7 @@ __all__ = [
     "LinearJSDivLoss",
     "LinearKLDivLoss",
     "LinearReverseKLDivLoss",
+    "LinearSequenceLoss",
     "LocalStructureLoss",
     "LwFLoss",
     "MarginMSELoss",
@@ -200,6 +202,7 @@ __all__ = [
     "RankMimickingLoss",
     "ReverseKLDivLoss",
     "SEEDLoss",
+    "SequenceLoss",
     "SimilarityPreservingLoss",
     "SkewKLDivLoss",
     "SkewReverseKLDivLoss",
@@ -243,6 +246,7 @@ __all__ = [
     "linear_js_div",
     "linear_kl_div",
     "linear_reverse_kl_div",
+    "linear_sequence_loss",
     "local_structure_loss",
     "lwf_loss",
     "margin_mse_loss",
@@ -260,6 +264,7 @@ __all__ = [
     "rkd_distance_loss",
     "rkd_loss",
     "seed_loss",
+    "sequence_loss",
     "similarity_preserving_loss",
     "skew_kl_div",
     "skew_reverse_kl_div",

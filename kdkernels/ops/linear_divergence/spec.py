@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kdkernels.losses import contrastive, linear
+from kdkernels.losses import contrastive, linear, sequence
 from kdkernels.ops.registry import Case, Inputs, Shape, Spec
 from kdkernels.ops.row_divergence.spec import eager_distillation, eager_js, eager_kl
 
@@ -96,6 +96,25 @@ def make_banks(shape: Shape, generator: torch.Generator) -> dict[str, torch.Tens
     return made
 
 
+def make_sequences(shape: Shape, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """A teacher's sequences (B, T) behind prompts of one token, from shape (B, T, V, H)."""
+    b, t, classes, width = shape
+    mask = torch.ones(b, t)
+    mask[:, 0] = 0
+    return {
+        "student_hidden": torch.randn(b, t, width, generator=generator),
+        "student_weight": 3 / width**0.5 * torch.randn(classes, width, generator=generator),
+        "tokens": torch.randint(0, classes, (b, t), generator=generator),
+        "completion_mask": mask,
+        "sequence_weight": torch.rand(b, generator=generator),
+    }
+
+
+def make_sequence_logits(shape: Shape, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    made = make_sequences(shape, generator)
+    return {"student_logits": made.pop("student_hidden") @ made.pop("student_weight").T, **made}
+
+
 def eager_compress(
     student: torch.Tensor, teacher: torch.Tensor, queue: torch.Tensor, temperature: float = 0.04, **_: Any
 ) -> torch.Tensor:
@@ -181,6 +200,14 @@ SPEC = Spec(
         _contrastive(
             "info_nce_distillation_loss", contrastive.info_nce_distillation_loss, make_embeddings, ("student", "teacher"),
             temperature=0.2, symmetric=True,
+        ),
+        Case(
+            "linear_sequence_loss", sequence.linear_sequence_loss, make_sequences, grads=STUDENT,
+            shapes=((2, 3, 4, 2), (2, 3, 33, 5)),
+        ),
+        Case(
+            "sequence_loss", sequence.sequence_loss, make_sequence_logits, grads=("student_logits",),
+            shapes=((2, 3, 4, 2), (2, 3, 33, 5)),
         ),
         _contrastive("crd_loss", contrastive.crd_loss, make_banks, ("student", "teacher"), temperature=0.2),
     ),
