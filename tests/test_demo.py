@@ -232,3 +232,24 @@ def test_models_depend_on_their_seed_alone():
     one, same, other = (models.seeded(models.student, seed, torch.device("cpu")) for seed in (1, 1, 2))
     assert torch.equal(one[1].weight, same[1].weight)
     assert not torch.equal(one[1].weight, other[1].weight)
+
+
+def test_language_model(monkeypatch):
+    """Python's own manual: everybody learns something, and the same seed gives the same numbers."""
+    from kdkernels.demo import language
+
+    monkeypatch.setattr(language, "TEACHER_WRITES", 16)
+    tiny = language.Config(teacher_steps=12, start_steps=4, more_steps=2, device="cpu")
+    monkeypatch.setattr(language, "Config", lambda **options: tiny)
+    bar = Silent()
+    found = language.run(tiny, bar)
+    assert bar.steps == tiny.steps
+    assert found.teacher < found.start < 97
+    assert set(found.students) == {language.ALONE, language.SEQUENCES, language.ON_POLICY}
+    assert len(set(found.students.values())) == 3
+    code, out, err = command("--task", "lm")
+    assert (code, err) == (0, "")
+    assert "perplexity" in out
+    assert all(f"{value:.2f}" in out for value in found.students.values())
+    code, _, err = command("--task", "lm", "--plot", "x.png")
+    assert code == 2 and "takes neither --loss nor --plot" in err

@@ -1,7 +1,8 @@
 """`kdkernels demo`: trains small students on real data, with plain PyTorch's losses and with these.
 
 data.py, models.py and train.py know nothing of a particular loss; an experiment puts them together and shows what came
-out: classification.py with report.py (labels and a teacher's scores), relations.py (a teacher's relations between images).
+out: classification.py with report.py (labels and a teacher's scores), relations.py (a teacher's relations between images),
+language.py (a language model's text and its judgement of a student's).
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def _plot(text: str) -> Path:
     return path
 
 
-TASKS = ("classification", "features", "segmentation")
+TASKS = ("classification", "features", "segmentation", "lm")
 
 
 def _loss(text: str) -> str:
@@ -57,7 +58,8 @@ def _loss(text: str) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--task", choices=TASKS, default=TASKS[0], help="classification; features: the same with a loss between maps (at unless "
-        "--loss says another); segmentation: each pixel's digit, with pixel-wise and channel-wise losses",
+        "--loss says another); segmentation: each pixel's digit, with pixel-wise and channel-wise losses; "
+        "lm: a language model of Python's own manual, which takes --seed, --backend and --device",
     )  # fmt: skip
     parser.add_argument(
         "--loss", type=_loss, help="kd: a teacher's scores (default); or its relations between images, in a "
@@ -94,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     """Trains, prints, draws. Returns the exit code: 0, or 2 where the backend asked for cannot run."""
     from kdkernels.backends import BackendError
     from kdkernels.cli.console import progress
-    from kdkernels.demo import classification, relations, report, segmentation
+    from kdkernels.demo import classification, language, relations, report, segmentation
 
     loss = args.loss or (relations.FEATURES[0] if args.task == "features" else SCORES)
     if args.task == "features" and loss not in relations.FEATURES:
@@ -105,12 +107,19 @@ def run(args: argparse.Namespace) -> int:
     if args.task == "segmentation" and args.loss:
         print("kdkernels demo: --task segmentation shows both of its losses: leave --loss out", file=sys.stderr)
         return 2
+    if args.task == "lm" and (args.loss or args.plot):
+        print("kdkernels demo: --task lm takes neither --loss nor --plot", file=sys.stderr)
+        return 2
     common = {
         "seed": args.seed, "epochs": args.epochs, "students": args.students, "teacher_epochs": args.teacher_epochs,
         "backend": args.backend, "device": args.device,
     }  # fmt: skip
     experiment: Any
-    if args.task == "segmentation":
+    config: Any
+    if args.task == "lm":
+        experiment = shown = language
+        config = language.Config(seed=args.seed, backend=args.backend, device=args.device)
+    elif args.task == "segmentation":
         experiment = shown = segmentation
         config = segmentation.Config(**common)
     elif loss == SCORES:
