@@ -6,6 +6,7 @@ import math
 
 import hypothesis
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -137,19 +138,20 @@ def test_limits_are_exact(fused: Target, generator, limit, same):
 
 @pytest.mark.parametrize("alpha", [0.0, 1e-6, 1e-3, 0.5])
 @pytest.mark.parametrize("beta", [0.0, 1e-6, -1e-3, 0.7])
-def test_alpha_beta_loses_nothing_near_its_limits(generator, alpha, beta):
+def test_alpha_beta_loses_nothing_near_its_limits(fused, generator, alpha, beta):
     student, teacher = (torch.randn(4, 33, generator=generator, dtype=torch.float64) for _ in range(2))
     a, b = student.log_softmax(-1), teacher.log_softmax(-1)
-    # The integral form has no division: f = (b - a)^2 times the mean of exp over a triangle of exponents.
+    # The integral form has no division: f = (b - a)^2 times the integral of exp over a triangle of exponents.
     nodes = torch.stack([(alpha + beta) * a, alpha * b + beta * a, (alpha + beta) * b])
-    u, w = (torch.linspace(0, 1, 401, dtype=torch.float64)[:-1] + 1 / 800 for _ in range(2))
-    uu, ww = torch.meshgrid(u, w, indexing="ij")
-    first, second = 1 - uu.sqrt(), uu.sqrt() * (1 - ww)
-    weights = torch.stack([first, second, 1 - first - second]).flatten(1)
-    mean = torch.stack([(weights.T @ nodes.flatten(1)[:, k]).exp().mean() for k in range(a.numel())]).view_as(a) / 2
-    expected = ((b - a) ** 2 * mean).sum(-1).mean()
-    got = kd.alpha_beta_div(student.float(), teacher.float(), alpha=alpha, beta=beta, backend="cpu")
-    torch.testing.assert_close(got.double(), expected, rtol=3e-5, atol=1e-7)
+    points, weights = (torch.from_numpy(x) for x in np.polynomial.legendre.leggauss(24))
+    u, w = torch.meshgrid((points + 1) / 2, (points + 1) / 2, indexing="ij")
+    area = torch.outer(weights, weights) / 4 * u  # the square's point (u, w) is the triangle's (1 - u, u - u w, u w)
+    triangle = torch.stack([1 - u, u - u * w, u * w])
+    integral = torch.einsum("ij,nvij->nv", area, torch.einsum("kij,knv->nvij", triangle, nodes).exp())
+    expected = ((b - a) ** 2 * integral).sum(-1).mean()
+    student, teacher = student.float().to(fused.device), teacher.float().to(fused.device)
+    got = kd.alpha_beta_div(student, teacher, alpha=alpha, beta=beta, backend=fused.backend)
+    torch.testing.assert_close(got.double().cpu(), expected, rtol=3e-6, atol=1e-7)
 
 
 def mdistiller_dkd(student, teacher, labels, temperature, alpha, beta):

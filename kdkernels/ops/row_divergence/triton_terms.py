@@ -38,42 +38,65 @@ def _skew(x, y, px, al):
 
 
 @triton.jit
+def _phi(x):
+    """(e^x - 1) / x, where e^x - 1 of a small x is a Taylor sum."""
+    taylor = 1.0 / 40320.0
+    taylor = taylor * x + 1.0 / 5040.0
+    taylor = taylor * x + 1.0 / 720.0
+    taylor = taylor * x + 1.0 / 120.0
+    taylor = taylor * x + 1.0 / 24.0
+    taylor = taylor * x + 1.0 / 6.0
+    taylor = taylor * x + 0.5
+    small = tl.abs(x) <= 0.5
+    return tl.where(small, 1.0 + x * taylor, (tl.exp(x) - 1.0) / tl.where(small, 1.0, x))
+
+
+@triton.jit
+def _exp_divided_difference(x, y, z):
+    """The second one of exp over three nodes: alpha-beta's formula once its divisions are carried out (math.h)."""
+    lo = tl.minimum(tl.minimum(x, y), z)
+    hi = tl.maximum(tl.maximum(x, y), z)
+    mid = tl.maximum(tl.minimum(x, y), tl.minimum(tl.maximum(x, y), z))
+    v = mid - lo
+    w = hi - lo
+    far = (tl.exp(mid) * _phi(hi - mid) - tl.exp(lo) * _phi(v)) / tl.where(w > 1.0, w, 1.0)
+    h = tl.full(w.shape, 1.0, tl.float32)
+    power = h
+    near = 0.5 * h
+    factorial = 2.0
+    for n in tl.static_range(1, 10):
+        power = power * w
+        h = v * h + power
+        factorial = factorial * (n + 2)
+        near += h / factorial
+    return tl.where(w > 1.0, far, tl.exp(lo) * near)
+
+
+@triton.jit
 def _alpha_beta(a, b, al, be):
-    """The alpha-beta divergence of one class and its limits where al, be or al + be is 0."""
-    if al == 0.0:
-        if be == 0.0:
-            f = 0.5 * (a - b) * (a - b)
-            gs = a - b
-            gt = b - a
-        else:
-            w = tl.exp(be * a)
-            v = tl.exp(be * b)
-            gs = tl.where(w == 0.0, 0.0, w * (a - b))
-            gt = (v - w) / be
-            f = (gs + gt) / be
-    else:
-        if be == 0.0:
-            w = tl.exp(al * a)
-            v = tl.exp(al * b)
-            gt = tl.where(v == 0.0, 0.0, v * (b - a))
-            gs = (w - v) / al
-            f = (gt + gs) / al
-        else:
-            if al + be == 0.0:
-                x = al * (b - a)
-                u = tl.exp(x)
-                gt = (u - 1.0) / al
-                gs = -gt
-                f = (u - 1.0 - x) / (al * al)
-            else:
-                u = tl.exp(al * b + be * a)
-                v = tl.exp((al + be) * b)
-                w = tl.exp((al + be) * a)
-                gs = (w - u) / al
-                gt = (v - u) / be
-                f = (al * (v - u) + be * (w - u)) / (al * be * (al + be))
-    dead = (a == float("-inf")) & (b == float("-inf"))
-    return tl.where(dead, 0.0, f), tl.where(dead, 0.0, gs), tl.where(dead, 0.0, gt)
+    """The alpha-beta divergence of one class. No limit of its parameters is a special case."""
+    total = al + be
+    none_s = a == float("-inf")
+    none_t = b == float("-inf")
+    none = none_s | none_t
+    x = tl.where(none, 0.0, a)
+    y = tl.where(none, 0.0, b)
+    d = y - x
+    f = d * d * _exp_divided_difference(total * x, al * y + be * x, total * y)
+    gs = -tl.exp(total * x) * d * _phi(al * d)
+    gt = tl.exp(total * y) * d * _phi(-be * d)
+    # A class that one side leaves empty: with al, be > 0 the cross term is gone; be = 0 leaves the student's own mass
+    # and al = 0 the teacher's; anything else diverges.
+    finite_s = (al > 0.0) & (be >= 0.0)
+    finite_t = (be > 0.0) & (al >= 0.0)
+    es = tl.where(none_s, 0.0, tl.exp(total * a))
+    et = tl.where(none_t, 0.0, tl.exp(total * b))
+    own_s = tl.where(finite_s, 1.0 / tl.where(finite_s, al * total, 1.0), float("inf"))
+    own_t = tl.where(finite_t, 1.0 / tl.where(finite_t, be * total, 1.0), float("inf"))
+    edge = times(es, own_s) + times(et, own_t)
+    edge_s = es * tl.where(finite_s, 1.0 / tl.where(finite_s, al, 1.0), 0.0)
+    edge_t = et * tl.where(finite_t, 1.0 / tl.where(finite_t, be, 1.0), 0.0)
+    return tl.where(none, edge, f), tl.where(none, edge_s, gs), tl.where(none, edge_t, gt)
 
 
 @triton.jit
@@ -124,8 +147,8 @@ def terms(kind, a, b, ps, pt, p0, p1, one, SIMPLE: tl.constexpr):
         fwd = _kl(b, a, pt)
         rev = _kl(a, b, ps)
         f = p0 * fwd + (1.0 - p0) * rev
-        gs = (1.0 - p0) * (rev + ps) - p0 * pt
-        gt = p0 * (fwd + pt) - (1.0 - p0) * ps
+        gs = (1.0 - p0) * (rev + one * ps) - p0 * pt
+        gt = p0 * (fwd + one * pt) - (1.0 - p0) * ps
     else:
         f, gs, gt = _simple_terms(kind, a, b, ps, pt, one)
     if not SIMPLE:
