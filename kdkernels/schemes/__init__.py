@@ -1,0 +1,27 @@
+"""Ways of training with a teacher, in pieces that fit any training loop.
+
+Each piece is plain PyTorch over this package's losses: it holds models or makes a loss of scores, and never an optimizer
+or a loop of its own, so that it fits Lightning, Accelerate or a Trainer of Hugging Face as well as twenty lines by hand.
+"""
+
+from kdkernels.schemes.early_exit import EarlyExitNetwork, self_distillation_loss
+from kdkernels.schemes.ema import EMATeacher, TemporalEnsemble
+from kdkernels.schemes.gradients import scale_gradient
+from kdkernels.schemes.mutual import collaborative_loss, ensemble_logits, mutual_learning_loss
+from kdkernels.schemes.schedules import Constant, Cosine, LearnableTemperature, Linear, confidence_weight
+
+__all__ = [
+    "Constant",
+    "Cosine",
+    "EMATeacher",
+    "EarlyExitNetwork",
+    "LearnableTemperature",
+    "Linear",
+    "TemporalEnsemble",
+    "collaborative_loss",
+    "confidence_weight",
+    "ensemble_logits",
+    "mutual_learning_loss",
+    "scale_gradient",
+    "self_distillation_loss",
+]

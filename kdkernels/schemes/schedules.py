@@ -1,0 +1,133 @@
+"""Temperatures and weights that change during training.
+
+A schedule is called with a step, or an epoch, and gives a number: `kl_div(s, t, temperature=schedule(step))`. Changing
+numbers recompile nothing under torch.compile.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from kdkernels.losses import checks
+from kdkernels.schemes.gradients import scale_gradient
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same number always."""
+
+    value: float
+
+    def __call__(self, step: float) -> float:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Linear:
+    """From `start` at step `delay` to `end` at step `delay + steps` along a line; constant before and after.
+
+    Annealing KD (Jafari et al. 2021, arXiv:2104.07163) lowers the temperature so; PS-KD (Kim et al. 2021,
+    arXiv:2006.12000) raises the weight of an earlier epoch's predictions from 0 to 0.8.
+    """
+
+    start: float
+    end: float
+    steps: float
+    delay: float = 0.0
+
+    def __post_init__(self) -> None:
+        checks.number("steps", self.steps, low=0, open_low=True)
+
+    def progress(self, step: float) -> float:
+        return min(max((step - self.delay) / self.steps, 0.0), 1.0)
+
+    def __call__(self, step: float) -> float:
+        share = self.progress(step)
+        return (1 - share) * self.start + share * self.end  # exact at both ends
+
+
+@dataclass(frozen=True)
+class Cosine(Linear):
+    """As Linear along half a cosine, flat at both ends."""
+
+    def progress(self, step: float) -> float:
+        return (1 - math.cos(math.pi * super().progress(step))) / 2
+
+
+def confidence_weight(
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    power: float = 1.0,
+    ignore_index: int = -100,
+) -> torch.Tensor:
+    """How far to trust the teacher on every row, for the argument `weight` of a loss.
+
+    p_t[label]^power, so that a teacher who is wrong teaches little (as in CA-MKD, Zhang et al. 2022,
+    arXiv:2201.00007, where it is the cross-entropy); without labels the largest probability.
+
+    Args:
+        teacher_logits: scores, (..., V).
+        labels: class indices, (...); the weight is 0 where they are `ignore_index`.
+        temperature, power: see above; power 0 gives ones.
+
+    Returns:
+        float32 weights (...) without a gradient, to be normalised by the loss's reduction "rowmean".
+
+    Raises:
+        ValueError: a temperature that is not positive, a negative power.
+    """
+    checks.float_tensor("teacher_logits", teacher_logits)
+    checks.number("temperature", temperature, low=0, open_low=True)
+    checks.number("power", power, low=0)
+    p = (teacher_logits.detach().float() / temperature).softmax(-1)
+    if labels is None:
+        return p.amax(-1).pow(power)
+    kept = labels != ignore_index
+    chosen = p.gather(-1, labels.where(kept, 0).unsqueeze(-1)).squeeze(-1)
+    return chosen.pow(power).where(kept, 0.0)
+
+
+class LearnableTemperature(nn.Module):
+    """A temperature that is trained: low + (high - low) sigmoid(u), with its gradient from the fused kernel.
+
+        temperature = LearnableTemperature()
+        optimizer = SGD([*student.parameters(), *temperature.parameters()], ...)
+        loss = kdkernels.kl_div(s, t, temperature=temperature(strength))
+
+    CTKD (Li et al. 2023, arXiv:2211.16231): the temperature is trained against the student, by a reversed gradient
+    whose strength grows from 0 to 1 over the first epochs (`Cosine(0, 1, 10)`), so that the task gets harder. The
+    authors' bounds are 1 and 21.
+
+    Args:
+        initial: the temperature to start with, between low and high.
+        low, high: the bounds, 0 < low < high.
+        adversarial: reverse the gradient; else the temperature lowers the loss as the student does (use
+            scale_by_t2=False then, or T^2 alone pulls it down).
+
+    Raises:
+        ValueError: bounds or an initial value out of order.
+    """
+
+    def __init__(self, initial: float = 4.0, *, low: float = 1.0, high: float = 21.0, adversarial: bool = True):
+        super().__init__()
+        if not 0 < low < initial < high < math.inf:
+            raise ValueError(
+                f"low, initial, high must be positive and in that order, got {low:g}, {initial:g}, {high:g}"
+            )
+        self.low, self.high, self.adversarial = low, high, adversarial
+        share = (initial - low) / (high - low)
+        self.u = nn.Parameter(torch.tensor(math.log(share / (1 - share))))
+
+    def forward(self, strength: float = 1.0) -> torch.Tensor:
+        """The temperature, a 0-d tensor; its gradient is multiplied by `strength` (and by -1 where adversarial)."""
+        temperature = self.low + (self.high - self.low) * self.u.sigmoid()
+        return scale_gradient(temperature, -strength if self.adversarial else strength)
+
+    def extra_repr(self) -> str:
+        return f"low={self.low:g}, high={self.high:g}, adversarial={self.adversarial}"

@@ -1,0 +1,283 @@
+"""kdkernels.schemes: what each piece computes, who learns and who stays as they were."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import kdkernels
+from kdkernels import schemes
+
+
+def network(generator: torch.Generator, dtype: torch.dtype = torch.float32) -> nn.Module:
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+    scramble(model, generator)
+    return model.to(dtype)
+
+
+@torch.no_grad()
+def scramble(model: nn.Module, generator: torch.Generator) -> None:
+    for x in (*model.parameters(), *model.buffers()):
+        x.copy_(torch.rand(x.shape, generator=generator) if x.is_floating_point() else x + 1)
+
+
+def labels_of(n: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(4, (n,), generator=generator)
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+# EMA
+
+
+@pytest.mark.parametrize(
+    ("warmup", "decays"), [(None, [0.6] * 4), (2.0, [1 / 2, 0.6, 0.6, 0.6]), (10.0, [1 / 10, 2 / 11, 3 / 12, 4 / 13])]
+)
+@pytest.mark.parametrize("buffers", ["copy", "average"])
+def test_ema_is_the_formula(warmup, decays, buffers, generator):
+    student = network(generator)
+    teacher = schemes.EMATeacher(student, 0.6, warmup=warmup, buffers=buffers)
+    expected = {n: x.double() for n, x in student.state_dict().items()}
+    parameters = dict(student.named_parameters())
+    for decay in decays:
+        scramble(student, generator)
+        assert teacher.current_decay() == pytest.approx(decay)
+        teacher.update(student)
+        for n, x in student.state_dict().items():
+            averaged = n in parameters or (buffers == "average" and x.is_floating_point())
+            expected[n] = decay * expected[n] + (1 - decay) * x.double() if averaged else x.double()
+    for n, x in teacher.model.state_dict().items():
+        torch.testing.assert_close(x.double(), expected[n], atol=1e-6, rtol=1e-6)
+
+
+def test_ema_moves_where_half_precision_would_stand_still(generator):
+    student = nn.Linear(4, 4, bias=False).to(torch.bfloat16)
+    nn.init.constant_(student.weight, 1.0)
+    teacher = schemes.EMATeacher(student, 0.999, warmup=None)
+    nn.init.constant_(student.weight, 2.0)
+    for _ in range(100):
+        teacher.update(student)
+    torch.testing.assert_close(teacher.model.weight.float(), torch.full((4, 4), 2 - 0.999**100), atol=0.005, rtol=0)
+
+
+def test_ema_teacher_only_teaches(generator):
+    student = network(generator)
+    teacher = schemes.EMATeacher(student)
+    teacher.train()
+    assert not teacher.training and not any(m.training for m in teacher.modules())
+    before = copy.deepcopy(teacher.model)
+    assert not teacher(torch.randn(5, 6, generator=generator)).requires_grad
+    assert same(before, teacher.model)
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert all(p.requires_grad for p in student.parameters())
+
+
+def test_ema_survives_saving(generator):
+    student = network(generator, torch.bfloat16)
+    teacher = schemes.EMATeacher(student, 0.9)
+    scramble(student, generator)
+    teacher.update(student)
+    other = schemes.EMATeacher(network(generator, torch.bfloat16), 0.9)
+    other.load_state_dict(teacher.state_dict())
+    assert other.updates == 1
+    scramble(student, generator)
+    for t in (teacher, other):
+        t.update(student)
+    assert same(teacher.model, other.model)
+
+
+def test_ema_refuses_another_model(generator):
+    teacher = schemes.EMATeacher(network(generator))
+    with pytest.raises(ValueError, match=r"they differ in 0\.bias"):
+        teacher.update(nn.Sequential(nn.Linear(6, 9)))
+    for bad in ({"decay": 1.5}, {"warmup": 1.0}, {"buffers": "no"}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            schemes.EMATeacher(network(generator), **bad)
+
+
+def test_temporal_ensemble(generator):
+    table = schemes.TemporalEnsemble(5, 3, momentum=0.6)
+    first, second = (torch.randn(2, 3, generator=generator) for _ in range(2))
+    table.update(torch.tensor([4, 1]), first)
+    torch.testing.assert_close(table(torch.tensor([1, 4])), first.flip(0))
+    table.update(torch.tensor([4, 1]), second)
+    expected = (0.6 * 0.4 * first + 0.4 * second) / (1 - 0.6**2)
+    torch.testing.assert_close(table(torch.tensor([4, 1])), expected)
+    assert table.seen(torch.tensor([0, 1])).tolist() == [False, True]
+    assert table(torch.tensor([0])).tolist() == [[0, 0, 0]]
+
+
+# Peers
+
+
+def pair(own: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    return F.kl_div(own.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
+
+
+def gradients(loss: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [torch.zeros_like(x) if g is None else g
+            for x, g in zip(leaves, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True)]  # fmt: skip
+
+
+def test_mutual_learning_is_each_models_own_loss(generator):
+    z = [torch.randn(7, 4, generator=generator).requires_grad_() for _ in range(3)]
+    y = labels_of(7, generator)
+    loss = schemes.mutual_learning_loss(z, y, weight=0.5)
+    own = [F.cross_entropy(z[i], y) + 0.5 / 2 * sum(pair(z[i], z[j].detach()) for j in range(3) if j != i)
+           for i in range(3)]  # fmt: skip
+    torch.testing.assert_close(loss, torch.stack(own).sum())
+    for i, g in enumerate(gradients(loss, z)):
+        torch.testing.assert_close(g, torch.autograd.grad(own[i], z[i])[0], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_collaboration_controls_who_moves(share, generator):
+    large, small = (torch.randn(7, 4, generator=generator).requires_grad_() for _ in range(2))
+    y = labels_of(7, generator)
+    loss = schemes.collaborative_loss(
+        [large, small], y, influence=[[0, 0.1], [2, 0]], teaching_gradient=share, label_weights=[1, 0.5]
+    )
+    ce = F.cross_entropy(large, y) + 0.5 * F.cross_entropy(small, y)
+    torch.testing.assert_close(loss, ce + 0.1 * pair(large, small) + 2 * pair(small, large))
+    listening = ce + 0.1 * pair(large, small.detach()) + 2 * pair(small, large.detach())
+    teaching = 0.1 * pair(large.detach(), small) + 2 * pair(small.detach(), large)
+    expected = [a + share * b for a, b in zip(gradients(listening, [large, small]),
+                                              gradients(teaching, [large, small]), strict=True)]  # fmt: skip
+    for g, e in zip(gradients(loss, [large, small]), expected, strict=True):
+        torch.testing.assert_close(g, e, atol=1e-6, rtol=1e-5)
+
+
+def test_a_teacher_who_does_not_listen_learns_as_if_alone(generator):
+    large, small = (torch.randn(7, 4, generator=generator).requires_grad_() for _ in range(2))
+    y = labels_of(7, generator)
+    loss = schemes.collaborative_loss([large, small], y, influence=[[0, 0], [1, 0]])
+    assert torch.equal(gradients(loss, [large])[0], gradients(F.cross_entropy(large, y), [large])[0])
+
+
+def test_ensembles(generator):
+    z = torch.randn(3, 7, 4, generator=generator)
+    y = labels_of(7, generator)
+    torch.testing.assert_close(schemes.ensemble_logits(z), z.mean(0))
+    losses = torch.stack([F.cross_entropy(x, y, reduction="none") for x in z])
+    best = torch.stack([z[losses[:, k].argmin(), k] for k in range(7)])
+    assert torch.equal(schemes.ensemble_logits(list(z), y, how="best"), best)
+    gate = torch.eye(3)[torch.randint(3, (7,), generator=generator)]
+    picked = torch.stack([z[gate[k].argmax(), k] for k in range(7)])
+    torch.testing.assert_close(schemes.ensemble_logits(z, how="gate", gate=gate), picked)
+    with pytest.raises(ValueError, match="labels"):
+        schemes.ensemble_logits(z, how="best")
+
+
+def test_bad_influence(generator):
+    z, y = torch.randn(2, 7, 4, generator=generator), labels_of(7, generator)
+    with pytest.raises(ValueError, match="2 rows of 2 weights"):
+        schemes.collaborative_loss(z, y, influence=[[0, 1]])
+    with pytest.raises(ValueError, match=r"influence\[1\]\[0\]"):
+        schemes.collaborative_loss(z, y, influence=[[0, 1], [-1, 0]])
+
+
+# Early exits
+
+
+class Counting(nn.Module):
+    """Counts the samples that reach it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen += len(x)
+        return x
+
+
+class Sharpness(nn.Module):
+    """Scores whose confidence is the sample's own number, times the head's."""
+
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.factor * x[:, 0], torch.zeros(len(x))], -1)
+
+
+def test_early_exit_takes_the_first_head_that_is_sure():
+    model = schemes.EarlyExitNetwork([Counting() for _ in range(3)], map(Sharpness, (1.0, 10.0, 100.0))).eval()
+    x = torch.tensor([[0.001], [5.0], [0.5], [0.0], [9.0]])
+    logits, exits = model.infer(x, 0.9)
+    assert exits.tolist() == [2, 0, 1, 2, 0]
+    every = model(x)
+    assert torch.equal(logits, torch.stack([every[k][n] for n, k in enumerate(exits.tolist())]))
+    assert [stage.seen - 5 for stage in model.stages] == [5, 3, 2]
+    assert model.infer(x, 0.0)[1].tolist() == [0] * 5
+    assert model.infer(x, 1.5)[1].tolist() == [2] * 5
+    assert model.infer(x, [1.5, 0.0])[1].tolist() == [1] * 5
+    assert model.infer(x[:0])[0].shape == (0, 2)
+    with pytest.raises(ValueError, match="2 numbers"):
+        model.infer(x, [0.5])
+    with pytest.raises(RuntimeError, match="eval"):
+        model.train().infer(x)
+
+
+def test_self_distillation_trains_heads_and_leaves_the_deepest_to_the_labels(generator):
+    z = [torch.randn(7, 4, generator=generator).requires_grad_() for _ in range(3)]
+    y = labels_of(7, generator)
+    loss = schemes.self_distillation_loss(z, y, alpha=0.3)
+    heads = kdkernels.auxiliary_heads_loss(z[:2], z[2], y, alpha=0.3)
+    torch.testing.assert_close(loss, F.cross_entropy(z[2], y) + heads)
+    torch.testing.assert_close(gradients(loss, z)[2], gradients(F.cross_entropy(z[2], y), z)[2])
+    assert torch.equal(schemes.self_distillation_loss(z[2:], y), F.cross_entropy(z[2], y))
+
+
+# Schedules
+
+
+def test_schedules_have_their_endpoints():
+    assert schemes.Constant(3.0)(17) == 3.0
+    for schedule in (schemes.Linear(7.3, 1.1, 10, delay=5), schemes.Cosine(7.3, 1.1, 10, delay=5)):
+        assert [schedule(s) for s in (-1, 0, 5)] == [7.3] * 3
+        assert [schedule(s) for s in (15, 16, 1e9)] == [1.1] * 3
+        assert schedule(10) == pytest.approx((7.3 + 1.1) / 2)
+        values = [schedule(s) for s in range(20)]
+        assert values == sorted(values, reverse=True)
+    assert schemes.Linear(0, 1, 4)(1) == 0.25
+    assert schemes.Cosine(0, 1, 4)(1) == pytest.approx((1 - 0.5**0.5) / 2)
+    with pytest.raises(ValueError, match="steps"):
+        schemes.Linear(0, 1, 0)
+
+
+def test_confidence_is_the_teachers_probability(generator):
+    t, y = torch.randn(7, 4, generator=generator, requires_grad=True), labels_of(7, generator)
+    y[2] = -100
+    p = t.detach().softmax(-1)
+    expected = torch.stack([p[k, y[k]] ** 2 if k != 2 else torch.tensor(0.0) for k in range(7)])
+    weight = schemes.confidence_weight(t, y, power=2.0)
+    torch.testing.assert_close(weight, expected)
+    assert not weight.requires_grad
+    torch.testing.assert_close(schemes.confidence_weight(t), p.amax(-1))
+    assert kdkernels.kl_div(torch.randn(7, 4, generator=generator), t.detach(), weight=weight).isfinite()
+
+
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_learnable_temperature_gets_the_kernels_gradient(adversarial, generator):
+    s, t = (3 * torch.randn(7, 4, generator=generator) for _ in range(2))
+    temperature = schemes.LearnableTemperature(3.0, adversarial=adversarial)
+    assert temperature().item() == pytest.approx(3.0, abs=1e-5)
+    kdkernels.kl_div(s, t, temperature=temperature(0.5)).backward()
+    u = temperature.u.detach().double().requires_grad_()
+    value = 1 + 20 * u.sigmoid()
+    own, other = ((x.double() / value).log_softmax(-1) for x in (s, t))
+    (expected,) = torch.autograd.grad(value**2 * F.kl_div(own, other, reduction="batchmean", log_target=True), u)
+    torch.testing.assert_close(
+        temperature.u.grad.double(), expected * (-0.5 if adversarial else 0.5), rtol=1e-4, atol=1e-6
+    )
+    assert not temperature(0.0).requires_grad
+    with pytest.raises(ValueError, match="in that order"):
+        schemes.LearnableTemperature(1.0)
