@@ -151,7 +151,9 @@ def resolve(
         fused = fused and t.dtype in FUSED_DTYPES
     if backend == "auto":
         return _best(device, supported) if fused else "reference"
-    if backend in BACKENDS and backend not in supported:
+    # A library under another name runs the CUDA kernels, and has what these have.
+    kind = "cuda" if backend in _libraries and backend not in BACKENDS else backend
+    if kind in BACKENDS and kind not in supported:
         _note_fallback(operation, backend)
         return _best(device, supported) if fused else "reference"
     reason = unavailable(backend, device)
