@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -281,3 +282,143 @@ def test_learnable_temperature_gets_the_kernels_gradient(adversarial, generator)
     assert not temperature(0.0).requires_grad
     with pytest.raises(ValueError, match="in that order"):
         schemes.LearnableTemperature(1.0)
+
+
+# Teachers in a row
+
+
+def step(student: nn.Module, teachers: Sequence[nn.Module], x: torch.Tensor, y: torch.Tensor) -> None:
+    """One step of a training loop: from labels alone, or from teachers too."""
+    logits = student(x)
+    loss = F.cross_entropy(logits, y)
+    if teachers:
+        loss = loss + kdkernels.kl_div(logits, schemes.average_logits(teachers, x))
+    loss.backward()
+    with torch.no_grad():
+        for p in student.parameters():
+            p -= 0.1 * p.grad
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_chain_trains_each_and_freezes_its_teachers(dense, generator):
+    teacher, *students = (network(generator) for _ in range(4))
+    teacher[0].weight.requires_grad_(False)  # flags and modes come back as they were
+    start = [copy.deepcopy(m) for m in (teacher, *students)]
+    x, y = torch.randn(9, 6, generator=generator), labels_of(9, generator)
+    taught, during = [], []
+
+    def train(student, teachers):
+        taught.append(teachers)
+        assert student.training and not any(t.training or t[1].training for t in teachers)
+        assert not any(p.requires_grad for t in teachers for p in t.parameters())
+        kept = [copy.deepcopy(t) for t in teachers]
+        step(student, teachers, x, y)
+        during.extend(same(a, b) for a, b in zip(kept, teachers, strict=True))
+
+    trained = schemes.distill_chain(students, train, teacher=teacher, dense=dense)
+    assert trained == students
+    assert during and all(during)
+    a, b, _ = students
+    assert taught == ([(teacher,), (teacher, a), (teacher, a, b)] if dense else [(teacher,), (a,), (b,)])
+    assert same(start[0], teacher)
+    assert not any(same(one, other) for one, other in zip(start[1:], students, strict=True))
+    assert teacher.training and not teacher[0].weight.requires_grad and teacher[3].weight.requires_grad
+    assert all(p.requires_grad for s in students for p in s.parameters())
+
+
+def test_born_again_starts_from_labels_and_then_from_itself(generator):
+    x, y = torch.randn(9, 6, generator=generator), labels_of(9, generator)
+    seen = []
+
+    def train(student, teachers):
+        seen.append((student, teachers))
+        step(student, teachers, x, y)
+
+    generations = schemes.born_again(lambda: network(generator), 3, train)
+    assert seen == list(zip(generations, [(), (generations[0],), (generations[1],)], strict=True))
+    expected = torch.stack([m.eval()(x) for m in generations]).mean(0)
+    torch.testing.assert_close(schemes.average_logits(generations, x), expected)
+    one = network(generator)
+    with pytest.raises(ValueError, match=r"students\[1\] is one of its own"):
+        schemes.born_again(lambda: one, 2, train)
+    with pytest.raises(ValueError, match="generations"):
+        schemes.born_again(lambda: one, 0, train)
+
+
+def test_frozen_thaws_after_an_error(generator):
+    model = network(generator)
+    with pytest.raises(RuntimeError, match="stop"), schemes.frozen(model):
+        raise RuntimeError("stop")
+    assert model.training and all(p.requires_grad for p in model.parameters())
+
+
+# A model's own past
+
+
+def test_snapshot_keeps_until_renewed(generator):
+    student = network(generator)
+    teacher = schemes.SnapshotTeacher(student)
+    weight, before = teacher.model[0].weight, copy.deepcopy(student)
+    scramble(student, generator)
+    teacher.train()
+    x = torch.randn(5, 6, generator=generator)
+    assert not teacher(x).requires_grad
+    assert same(teacher.model, before) and not teacher.model.training
+    teacher.update(student)
+    assert same(teacher.model, student) and teacher.model[0].weight is weight
+    torch.testing.assert_close(teacher(x), student.eval()(x))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_anchor_distillation_is_the_mixture(share, generator):
+    s = (2 * torch.randn(7, 4, generator=generator)).requires_grad_()
+    a, t = 2 * torch.randn(7, 4, generator=generator), 2.0
+    loss = schemes.anchor_distillation_loss(s, a, anchor_weight=share, temperature=t)
+    z = s.detach().double().requires_grad_()
+    mixed = share * (a.double() / t).softmax(-1) + (1 - share) * (z.detach() / t).softmax(-1)
+    expected = t**2 * F.kl_div((z / t).log_softmax(-1), mixed, reduction="batchmean")
+    torch.testing.assert_close(loss.double(), expected, atol=1e-6, rtol=1e-5)
+    (grad,), (e,) = torch.autograd.grad(loss, s), torch.autograd.grad(expected, z)
+    torch.testing.assert_close(grad.double(), e, atol=1e-6, rtol=1e-5)
+    if share == 1.0:
+        torch.testing.assert_close(loss, kdkernels.kl_div(s, a, temperature=t), atol=1e-6, rtol=1e-5)
+
+
+def test_anchor_with_classes_ruled_out():
+    s = torch.tensor([[1.0, 2.0, -float("inf")]], requires_grad=True)
+    loss = schemes.anchor_distillation_loss(s, torch.tensor([[0.5, 0.0, -float("inf")]]), temperature=torch.tensor(2.0))
+    loss.backward()
+    assert loss.isfinite() and s.grad.isfinite().all()
+    with pytest.raises(TypeError, match="from_log_probs"):
+        schemes.anchor_distillation_loss(s, s, from_log_probs=True)
+
+
+class TwoTasks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(6, 8)
+        self.heads = nn.ModuleDict({"old": nn.Linear(8, 4), "older": nn.Linear(8, 3), "new": nn.Linear(8, 2)})
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {task: head(self.body(x)) for task, head in self.heads.items()}
+
+
+def test_learning_without_forgetting(generator):
+    model, memory = TwoTasks(), schemes.LearningWithoutForgetting(0.5, temperature=3.0)
+    scramble(model, generator)
+    x = torch.randn(7, 6, generator=generator)
+    assert memory(model(x), x) == 0.0
+    memory.remember(model, "older")
+    scramble(model, generator)
+    memory.remember(model, "old")
+    old = {task: z.detach() for task, z in model(x).items()}
+    scramble(model, generator)
+    now = model(x)
+    terms = [kdkernels.lwf_loss(now[task], old[task], temperature=3.0) for task in ("older", "old")]
+    loss = memory(now, x)
+    torch.testing.assert_close(loss, 0.5 * sum(terms))
+    loss.backward()
+    assert model.body.weight.grad is not None and model.heads["new"].weight.grad is None
+    assert not any(p.requires_grad for p in memory.parameters())
+    with pytest.raises(KeyError, match="older"):
+        memory({"old": now["old"]}, x)

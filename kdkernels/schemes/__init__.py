@@ -6,9 +6,11 @@ or a loop of its own, so that it fits Lightning, Accelerate or a Trainer of Hugg
 
 from kdkernels.schemes.early_exit import EarlyExitNetwork, self_distillation_loss
 from kdkernels.schemes.ema import EMATeacher, TemporalEnsemble
+from kdkernels.schemes.generations import average_logits, born_again, distill_chain, frozen
 from kdkernels.schemes.gradients import scale_gradient
 from kdkernels.schemes.mutual import collaborative_loss, ensemble_logits, mutual_learning_loss
 from kdkernels.schemes.schedules import Constant, Cosine, LearnableTemperature, Linear, confidence_weight
+from kdkernels.schemes.snapshots import LearningWithoutForgetting, SnapshotTeacher, anchor_distillation_loss
 
 __all__ = [
     "Constant",
@@ -16,11 +18,18 @@ __all__ = [
     "EMATeacher",
     "EarlyExitNetwork",
     "LearnableTemperature",
+    "LearningWithoutForgetting",
     "Linear",
+    "SnapshotTeacher",
     "TemporalEnsemble",
+    "anchor_distillation_loss",
+    "average_logits",
+    "born_again",
     "collaborative_loss",
     "confidence_weight",
+    "distill_chain",
     "ensemble_logits",
+    "frozen",
     "mutual_learning_loss",
     "scale_gradient",
     "self_distillation_loss",

@@ -52,7 +52,7 @@ class EMATeacher(nn.Module):
         averages = [
             n
             for n, x in state.items()
-            if isinstance(x, nn.Parameter) or (buffers == "average" and x.is_floating_point())
+            if x.is_floating_point() and (buffers == "average" or isinstance(x, nn.Parameter))
         ]
         self._copied = [n for n in state if n not in averages]
         self._direct = [n for n in averages if state[n].dtype not in HALVES]
