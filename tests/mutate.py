@@ -36,11 +36,12 @@ class Mutant(NamedTuple):
 CPU, OP = "csrc/row_divergence/cpu.cpp", "kdkernels/ops/row_divergence/op.py"
 TRITON = "kdkernels/ops/row_divergence/triton_kernels.py"
 CUDA, COMMON = "csrc/row_divergence/cuda_row.cuh", "csrc/common/cuda.cuh"
+SOFTMAX = "csrc/common/softmax.h"
 MUTANTS = (
     Mutant("cpu", "sign of the gradient", CPU, "wq * eq[i] - wp * ep[i]", "wp * ep[i] - wq * eq[i]"),
-    Mutant("cpu", "no 1/T in the gradient", CPU, "cq = kd_ * q.scale * beta", "cq = kd_ * beta"),
+    Mutant("cpu", "no 1/T in the gradient", CPU, "per_q = static_cast<float>(kd_ * q.scale)", "per_q = static_cast<float>(kd_)"),
     Mutant("cpu", "student and teacher swapped", CPU, ": kl_sums(teacher_, student_", ": kl_sums(student_, teacher_"),
-    Mutant("cpu", "earlier tiles not rescaled", CPU, "    z *= factor;\n", ""),
+    Mutant("cpu", "earlier tiles not rescaled", SOFTMAX, "    z *= factor;\n", ""),
     Mutant("cpu", "no target in the cross-entropy's gradient", CPU, "g[y] -= own;", ";"),
     Mutant("cpu", "row weight left out of the loss", CPU, "kd_ = job_.kd * weight_ * upstream;", "kd_ = job_.kd * upstream;"),
     Mutant("cpu", "labels not applied to the divisor", CPU, "const double w = job.row_weight(r);", "const double w = 1;"),
