@@ -220,9 +220,9 @@ class ContrastMemory(nn.Module):
     memory_v1: torch.Tensor
     memory_v2: torch.Tensor
 
-    def __init__(self, features: int, samples: int, K: int, T: float = 0.07, momentum: float = 0.5):
+    def __init__(self, features: int, samples: int, K: int, T: float = 0.07, momentum: float = 0.5, eps: float = 1e-7):
         super().__init__()
-        self.K, self.T, self.momentum = K, T, momentum
+        self.K, self.T, self.momentum, self.eps = K, T, momentum, eps
         self._normalised = False  # known on the host, so that only the first batch waits for the device
         self.register_buffer("params", torch.tensor([K, T, -1, -1, momentum]))
         bound = 1.0 / math.sqrt(features / 3)
@@ -240,7 +240,7 @@ class ContrastMemory(nn.Module):
             self._normalise(v1, v2, idx)
         loss = kdkernels.crd_loss(
             v1, v2, self.memory_v1, self.memory_v2, idx, temperature=self.T,
-            normalizers=(self.params[2].clone(), self.params[3].clone()),
+            normalizers=(self.params[2].clone(), self.params[3].clone()), eps=self.eps,
         )  # fmt: skip
         with torch.no_grad():
             # New banks, as the backward still wants the old ones.
