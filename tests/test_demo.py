@@ -253,3 +253,25 @@ def test_language_model(monkeypatch):
     assert all(f"{value:.2f}" in out for value in found.students.values())
     code, _, err = command("--task", "lm", "--plot", "x.png")
     assert code == 2 and "takes neither --loss nor --plot" in err
+
+
+def test_every_scheme_trains_and_shows_its_gain():
+    """The numbers are what the table says, and come again."""
+    from kdkernels.demo import schemes
+
+    for name in schemes.SCHEMES:
+        config = schemes.Config(epochs=2, students=2, teacher_epochs=1, device="cpu", scheme=name)
+        bar = Silent()
+        found = schemes.run(config, bar)
+        assert bar.steps == config.steps
+        assert len(found.alone) == len(found.with_scheme) == 2
+    code, out, err = command("--scheme", name, *TINY, "--device", "cpu")
+    assert (code, err) == (0, "")
+    assert f"{sum(found.with_scheme) / 2:.1f} ±" in out
+    assert f"{(sum(found.with_scheme) - sum(found.alone)) / 2:+.1f} ±" in out
+    for arguments, message in (
+        (("--scheme", "no"), "choose among mutual"),
+        (("--scheme", "mutual", "--loss", "rkd"), "takes neither"),
+    ):
+        code, _, err = command(*arguments)
+        assert code == 2 and message in err

@@ -55,6 +55,14 @@ def _loss(text: str) -> str:
     return text
 
 
+def _scheme(text: str) -> str:
+    from kdkernels.demo.schemes import SCHEMES
+
+    if text not in SCHEMES:
+        raise argparse.ArgumentTypeError(f"choose among {', '.join(SCHEMES)}; got {text}")
+    return text
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--task", choices=TASKS, default=TASKS[0], help="classification; features: the same with a loss between maps (at unless "
@@ -64,6 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--loss", type=_loss, help="kd: a teacher's scores (default); or its relations between images, in a "
         "middle layer: rkd, sp, cc, pkt, graph, gram, nst; or its map there: at, channel-at, hint, pkd",
+    )  # fmt: skip
+    parser.add_argument(
+        "--scheme", type=_scheme, metavar="NAME", help="a way of training against labels alone: mutual, online, ema, "
+        "auxiliary-heads, born-again, assistant, earlier-epoch, annealed; no --task, --loss or --plot beside it",
     )  # fmt: skip
     parser.add_argument(
         "--weight", type=_number(float, 0), help="of a relational loss beside the labels' (default: its own)"
@@ -96,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     """Trains, prints, draws. Returns the exit code: 0, or 2 where the backend asked for cannot run."""
     from kdkernels.backends import BackendError
     from kdkernels.cli.console import progress
-    from kdkernels.demo import classification, language, relations, report, segmentation
+    from kdkernels.demo import classification, language, relations, report, schemes, segmentation
 
     loss = args.loss or (relations.FEATURES[0] if args.task == "features" else SCORES)
     if args.task == "features" and loss not in relations.FEATURES:
@@ -110,13 +122,19 @@ def run(args: argparse.Namespace) -> int:
     if args.task == "lm" and (args.loss or args.plot):
         print("kdkernels demo: --task lm takes neither --loss nor --plot", file=sys.stderr)
         return 2
+    if args.scheme and (args.task != TASKS[0] or args.loss or args.plot):
+        print("kdkernels demo: --scheme takes neither --task, --loss nor --plot", file=sys.stderr)
+        return 2
     common = {
         "seed": args.seed, "epochs": args.epochs, "students": args.students, "teacher_epochs": args.teacher_epochs,
         "backend": args.backend, "device": args.device,
     }  # fmt: skip
     experiment: Any
     config: Any
-    if args.task == "lm":
+    if args.scheme:
+        experiment = shown = schemes
+        config = schemes.Config(**common, scheme=args.scheme)
+    elif args.task == "lm":
         experiment = shown = language
         config = language.Config(seed=args.seed, backend=args.backend, device=args.device)
     elif args.task == "segmentation":
