@@ -93,6 +93,14 @@ def test_ema_survives_saving(generator):
     assert same(teacher.model, other.model)
 
 
+def test_ema_looks_inside_a_compiled_model(generator):
+    student = network(generator)
+    teacher = schemes.EMATeacher(torch.compile(student), 0.0)
+    scramble(student, generator)
+    teacher.update(torch.compile(student))
+    assert same(teacher.model, student)
+
+
 def test_ema_refuses_another_model(generator):
     teacher = schemes.EMATeacher(network(generator))
     with pytest.raises(ValueError, match=r"they differ in 0\.bias"):

@@ -235,5 +235,5 @@ def show(outcome: Outcome) -> None:
     print(f"Backend: {outcome.backend}")
     print(
         f"\nA student sees {IMAGES_PER_CLASS * data.CLASSES} labels; both ways start from the same weights and see them in the same"
-        f" order.\nA gain smaller than its spread is none. The numbers come again with --seed {config.seed}."
+        f" order.\nRead a gain against its spread. The numbers come again with --seed {config.seed}."
     )
