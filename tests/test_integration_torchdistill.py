@@ -6,11 +6,11 @@ import importlib
 import sys
 
 import pytest
+import standins
 import torch
 import torch.nn.functional as F
-import vision
 from published import F64, close, gradients
-from vision import randn, same
+from standins import randn, same
 
 from kdkernels.integrations import torchdistill as td
 
@@ -92,7 +92,7 @@ def test_logits(reduction):
     of_hard = {"reduction": "sum" if reduction == "sum" else "mean"}
 
     def soft(s, t):
-        return share * vision.kd(s, t, 3.0)
+        return share * standins.kd(s, t, 3.0)
 
     options = {"temperature": 3.0, "reduction": reduction}
     same(within(td.KDLoss(*MODULES, **options), TARGETS), lambda s, t: soft(s, t) / 9, *logits)
@@ -113,16 +113,16 @@ def test_logits_of_pixels_and_weighted_classes():
     close([within(td.KDLoss(*MODULES, temperature=2.0, alpha=0.4), targets)(s, t)], [expected], 1e-9)
     s, t, weight = randn(N, V), randn(N, V, seed=1), torch.linspace(0.5, 2, V, dtype=F64)
     loss = td.KDLoss(*MODULES, temperature=2.0, alpha=0.5, beta=9.0, weight=weight, label_smoothing=0.1)
-    expected = 0.5 * hard(s, weight=weight, label_smoothing=0.1) + 9 * vision.kd(s, t, 2.0)
+    expected = 0.5 * hard(s, weight=weight, label_smoothing=0.1) + 9 * standins.kd(s, t, 2.0)
     close([within(loss, TARGETS)(s, t)], [expected], 1e-9)
 
 
 def test_embeddings():
     wide = randn(N, 5), randn(N, 9, seed=1)
-    same(within(td.PKTLoss(*MODULES, eps=1e-6)), lambda s, t: vision.transfer(s, t, 1e-6), *wide)
+    same(within(td.PKTLoss(*MODULES, eps=1e-6)), lambda s, t: standins.transfer(s, t, 1e-6), *wide)
     for d, a in ((1.0, 2.0), (1.0, 0), (0, 2.0)):
-        same(within(td.RKDLoss("s", "t", d, a, "mean")), lambda s, t, d=d, a=a: vision.relations(s, t, False, d, a), *wide)  # fmt: skip
-    same(within(td.RKDLoss("s", "t", 1.0, 0, "sum")), lambda s, t: N**2 * vision.relations(s, t, False, 1, 0), *wide)
+        same(within(td.RKDLoss("s", "t", d, a, "mean")), lambda s, t, d=d, a=a: standins.relations(s, t, False, d, a), *wide)  # fmt: skip
+    same(within(td.RKDLoss("s", "t", 1.0, 0, "sum")), lambda s, t: N**2 * standins.relations(s, t, False, 1, 0), *wide)
     for reduction, divisor in (("batchmean", N**2), ("sum", 1)):
         same(within(td.SPKDLoss("s", "t", reduction)), lambda s, t, d=divisor: rows(s, t, d), *wide)
         for kernel, order in (({"type": "gaussian", "gamma": 0.4, "max_p": 2}, 2), ({"type": "bilinear"}, None)):
@@ -138,7 +138,7 @@ def test_maps():
     maps = randn(3, 4, 5, 5), randn(3, 4, 5, 5, seed=1)
     weighted = {"pair1": {**PAIR, "weight": 2.0}, "pair2": PAIR}
     for loss, published in (
-        (td.ATLoss(weighted), lambda s, t: vision.attention(s, t, 2)),
+        (td.ATLoss(weighted), lambda s, t: standins.attention(s, t, 2)),
         (td.ATLoss(weighted, mode="paper"), paper_attention),
         (td.ChSimLoss(weighted), channels),
     ):
@@ -158,9 +158,9 @@ def test_maps():
         1e-9,
     )
     review = within(td.HierarchicalContextLoss(*MODULES))
-    same(lambda s, t: review((s, None), t), vision.review, *maps)
+    same(lambda s, t: review((s, None), t), standins.review, *maps)
 
-    layers = *vision.maps(((4, 8), (6, 5))), *vision.maps(((4, 6), (6, 6)), seed=9)
+    layers = *standins.maps(((4, 8), (6, 5))), *standins.maps(((4, 6), (6, 6)), seed=9)
     loss = td.FSPLoss({"pair": {**FSP, "weight": 0.5}})
 
     def flow(s1, s2, t1, t2):

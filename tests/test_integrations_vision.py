@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from published import F64, close
-from torch import nn
-from vision import (
+from standins import (
     attention,
     correlation,
     dkd,
@@ -25,6 +24,7 @@ from vision import (
     similarity,
     transfer,
 )
+from torch import nn
 
 from kdkernels.integrations import mdistiller as md
 from kdkernels.integrations import repdistiller as rd

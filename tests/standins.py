@@ -1,4 +1,4 @@
-"""The vision libraries' formulas in plain torch, and a stand-in's comparison with one."""
+"""The vision libraries' formulas in plain torch, and the comparison of a stand-in with a formula."""
 
 from __future__ import annotations
 

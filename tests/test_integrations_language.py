@@ -1,0 +1,80 @@
+"""The language-model libraries' stand-ins against those libraries' formulas, in float64: values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from published import close, gradients
+from standins import randn, same
+
+from kdkernels.integrations import liger
+from kdkernels.integrations.trl import generalized_jsd_loss
+
+B, T, V, H = 2, 3, 7, 4
+LABELS = torch.tensor([[1, -100, 3], [-100, 0, 6]])
+BETAS = (0.0, 0.1, 0.5, 1.0)
+
+
+def jsd(log_q, log_p, beta):
+    """Of every row."""
+    if beta in (0.0, 1.0):
+        a, b = (log_p, log_q) if beta == 0 else (log_q, log_p)
+        return (a.exp() * (a - b)).sum(-1)
+    log_m = (beta * log_p.exp() + (1 - beta) * log_q.exp()).log()
+    return (beta * log_p.exp() * (log_p - log_m) + (1 - beta) * log_q.exp() * (log_q - log_m)).sum(-1)
+
+
+def soft(s, t, beta, temperature):
+    return jsd((s / temperature).log_softmax(-1), (t / temperature).log_softmax(-1), beta)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_trl(beta):
+    logits, kept = (randn(B, T, V), randn(B, T, V, seed=1)), LABELS != -100
+    for reduction, of_kept, of_all in (("batchmean", 4, B), ("sum", 1, 1), ("mean", 4 * V, B * T * V)):
+        same(lambda s, t, r=reduction: generalized_jsd_loss(s, t, LABELS, beta, 2.0, r),
+             lambda s, t, d=of_kept: soft(s, t, beta, 2.0)[kept].sum() / d, *logits, teachers=True)  # fmt: skip
+        same(lambda s, t, r=reduction: generalized_jsd_loss(s, t, beta=beta, reduction=r),
+             lambda s, t, d=of_all: soft(s, t, beta, 1.0).sum() / d, *logits)  # fmt: skip
+    for items, reduction in ((10, "batchmean"), (torch.tensor(10), "batchmean"), (10, "mean"), (10, "sum")):
+        same(lambda s, t, n=items, r=reduction: generalized_jsd_loss(s, t, LABELS, beta, 1.0, r, n),
+             lambda s, t: soft(s, t, beta, 1.0)[kept].sum() / 10, *logits)  # fmt: skip
+    with pytest.raises(ValueError, match="reduction"):
+        generalized_jsd_loss(*logits, reduction="none")
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_liger_jsd(beta):
+    logs, labels = tuple(randn(B * T, V, seed=k).log_softmax(1) for k in range(2)), LABELS.flatten()
+    same(liger.LigerJSD(beta), lambda q, p: jsd(q, p, beta).mean(), *logs)
+    same(lambda q, p: liger.LigerJSD(beta, ignore_index=-100)(q, p, labels),
+         lambda q, p: jsd(q, p, beta)[labels != -100].mean(), *logs)  # fmt: skip
+
+
+def test_liger_kl():
+    log_q, p = randn(B, V).log_softmax(1), randn(B, V, seed=1).softmax(1)
+    same(liger.LigerKLDIVLoss(reduction="batchmean"), lambda q, p: (p * (p.log() - q)).sum() / B, log_q, p)
+    same(liger.LigerKLDIVLoss(reduction="sum", log_target=True), lambda q, p: (p.exp() * (p - q)).sum(), log_q, p.log())
+    assert not liger.LigerKLDIVLoss(reduction="sum")(log_q, p.requires_grad_()).requires_grad
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_liger_linear(beta):
+    labels = LABELS.flatten()
+    kept = labels != -100
+    hidden, head, bias = randn(B * T, H), randn(V, H, seed=1), randn(V, seed=2)
+    t_hidden, t_head, t_bias = randn(B * T, H + 1, seed=3), randn(V, H + 1, seed=4), randn(V, seed=5)
+    plain, teacher = liger.LigerFusedLinearJSD(beta, temperature=2.0), t_hidden @ t_head.T
+    close(gradients(lambda x, w: plain(x, w, t_hidden, t_head, labels), hidden, head),
+          gradients(lambda x, w: soft(x @ w.T, teacher, beta, 2.0)[kept].mean(), hidden, head), 1e-9)  # fmt: skip
+    both = liger.LigerFusedLinearJSDLoss(0.4, 1.2, beta, temperature=2.0, compiled=False)
+
+    def expected(x, w, b):
+        z = x @ w.T + b
+        return 0.4 * F.cross_entropy(z, labels) + 1.2 * soft(z, teacher + t_bias, beta, 2.0)[kept].mean()
+
+    close(gradients(lambda x, w, b: both(x, w, t_hidden, t_head, labels, b, t_bias), hidden, head, bias),
+          gradients(expected, hidden, head, bias), 1e-9)  # fmt: skip
+    with pytest.raises(ValueError, match="weight_hard_loss"):
+        liger.LigerFusedLinearJSDLoss(-1.0, 1.0)
