@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from kdkernels.losses import checks
 from kdkernels.losses.structured import auxiliary_heads_loss
+from kdkernels.schemes.labels import cross_entropy
 
 
 def self_distillation_loss(logits: Sequence[torch.Tensor], labels: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -29,7 +29,7 @@ def self_distillation_loss(logits: Sequence[torch.Tensor], labels: torch.Tensor,
     if len(logits) == 0:
         raise ValueError("logits must hold at least the deepest head's, got none")
     *heads, deepest = logits
-    loss = F.cross_entropy(deepest.flatten(0, -2), labels.flatten(), ignore_index=options.get("ignore_index", -100))
+    loss = cross_entropy(deepest, labels, options.get("ignore_index", -100))
     return loss + auxiliary_heads_loss(heads, deepest, labels, **options) if heads else loss
 
 
@@ -82,7 +82,7 @@ class EarlyExitNetwork(nn.Module):
             RuntimeError: in training mode.
         """
         early = len(self.heads) - 1
-        thresholds = [float(threshold)] * early if isinstance(threshold, (int, float)) else list(threshold)
+        thresholds = [threshold] * early if isinstance(threshold, (int, float)) else list(threshold)
         if len(thresholds) != early:
             raise ValueError(f"threshold must be a number or {early} numbers, got {len(thresholds)}")
         for k, limit in enumerate(thresholds):
@@ -101,9 +101,11 @@ class EarlyExitNetwork(nn.Module):
                 result[left] = logits
                 break
             sure = logits.float().softmax(-1).amax(-1) >= thresholds[k]
-            result[left[sure]] = logits[sure]
-            exits[left[sure]] = k
-            left, x = left[~sure], x[~sure]
+            order, count = (~sure).byte().argsort(stable=True), int(sure.sum())  # who leaves first; one wait
+            leaving, staying = order[:count], order[count:]
+            result[left[leaving]] = logits[leaving]
+            exits[left[leaving]] = k
+            left, x = left[staying], x[staying]
             if len(left) == 0:
                 break
         assert result is not None

@@ -6,16 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from kdkernels.losses import checks
 from kdkernels.losses.logits import kl_div
 from kdkernels.losses.mutual import mutual_kl_div
 from kdkernels.schemes.gradients import scale_gradient
-
-
-def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+from kdkernels.schemes.labels import cross_entropy
 
 
 def _learners(logits: Sequence[torch.Tensor] | torch.Tensor) -> list[torch.Tensor]:
@@ -28,7 +24,12 @@ def _learners(logits: Sequence[torch.Tensor] | torch.Tensor) -> list[torch.Tenso
 
 
 def mutual_learning_loss(
-    logits: Sequence[torch.Tensor] | torch.Tensor, labels: torch.Tensor, *, weight: float = 1.0, **options: Any
+    logits: Sequence[torch.Tensor] | torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    weight: float = 1.0,
+    ignore_index: int = -100,
+    **options: Any,
 ) -> torch.Tensor:
     """Deep mutual learning, the whole loss: every model's cross-entropy and its divergence from its peers.
 
@@ -43,14 +44,15 @@ def mutual_learning_loss(
         logits: scores of M models, a list of (..., V) or one (M, ..., V).
         labels: class indices, (...).
         weight: of the mutual term.
+        ignore_index: rows with this label are left out of both terms.
         options: keyword arguments of `mutual_kl_div` (temperature, pairs, backend, ...).
 
     Raises:
         ValueError, TypeError, BackendError: as mutual_kl_div.
     """
     learners = _learners(logits)
-    alone = torch.stack([_cross_entropy(z, labels) for z in learners]).sum()
-    return alone + weight * mutual_kl_div(logits, **options)
+    alone = torch.stack([cross_entropy(z, labels, ignore_index) for z in learners]).sum()
+    return alone + weight * mutual_kl_div(logits, labels=labels, ignore_index=ignore_index, **options)
 
 
 def collaborative_loss(
@@ -60,6 +62,7 @@ def collaborative_loss(
     influence: Sequence[Sequence[float]],
     teaching_gradient: float = 0.0,
     label_weights: Sequence[float] | None = None,
+    ignore_index: int = -100,
     **options: Any,
 ) -> torch.Tensor:
     """Models of different capacities in one run, with a say in who learns from whom and how much.
@@ -77,6 +80,7 @@ def collaborative_loss(
         influence: M rows of M weights, at least 0; the diagonal is not read.
         teaching_gradient: between 0 and 1.
         label_weights: M weights of the cross-entropies; default: ones.
+        ignore_index: rows with this label are left out of all terms.
         options: keyword arguments of `kl_div` (temperature, backend, ...).
 
     Raises:
@@ -90,7 +94,9 @@ def collaborative_loss(
     if len(label_weights) != count:
         raise ValueError(f"label_weights must have {count} weights, got {len(label_weights)}")
     checks.number("teaching_gradient", teaching_gradient, low=0, high=1)
-    loss = torch.stack([w * _cross_entropy(z, labels) for w, z in zip(label_weights, learners, strict=True)]).sum()
+    terms = [w * cross_entropy(z, labels, ignore_index) for w, z in zip(label_weights, learners, strict=True)]
+    loss = torch.stack(terms).sum()
+    options |= {"labels": labels, "ignore_index": ignore_index}
     teachers = [scale_gradient(z, teaching_gradient) for z in learners]
     for i, row in enumerate(influence):
         for j, weight in enumerate(row):
