@@ -21,6 +21,7 @@ from kdkernels.ops.pairwise_distance.triton import on, signature
 from kdkernels.ops.triton_util import INTERPRETED
 
 TILE, DEPTH = 64, 32  # outputs on a side of a tile, products of an output at a time
+GRADIENT_DEPTH = 16  # of the gradient, which has both models' weights to make: deeper ones do not fit the registers
 VECTORS, ELEMENTS = 16, 64  # of a program that measures lengths
 ROW, BLOCK = 1024, 1024  # elements of a row, and rows' values, at a time
 SERIES, ROWS, ROWS_L1, PROBABILITIES, SIGNED, LENGTHS = (tl.constexpr(k.value) for k in list(Kind)[1:])
@@ -450,7 +451,7 @@ def _model(
     tiles = triton.cdiv(rows, TILE) * triton.cdiv(columns, TILE)
     product_kernel[(tiles * samples, splits)](
         x, y, lengths, partial, samples, rows, columns, features, triton.cdiv(features, splits), *x.stride(), *y.stride(),
-        SYMMETRIC=other is None, T=TILE, F=DEPTH, num_warps=4,
+        SYMMETRIC=other is None, T=TILE, F=DEPTH, num_warps=8,
     )  # fmt: skip
     return _Model(x, y, factor, partial[0] if splits == 1 else partial.sum(0), unit, lengths, through)
 
@@ -502,7 +503,7 @@ def forward(
                 own.gram, other.gram, own.unit, other.unit, None if own.unit is None else own.through, sides[mine],
                 dots[mine], sides[theirs], weights, own.lengths, y, dx, rows, columns, first, dx.shape[1], y.shape[1],
                 dx.shape[2], *y.stride(), *dx.stride(), own.factor, other.factor, scale, *hyper, **shared,
-                STUDENT=of_student, SYMMETRIC=student_other is None, TURNED=turned, T=TILE, F=DEPTH, num_warps=8,
+                STUDENT=of_student, SYMMETRIC=student_other is None, TURNED=turned, T=TILE, F=GRADIENT_DEPTH, num_warps=8,
             )  # fmt: skip
             if own.lengths is not None:
                 columns_kernel[(triton.cdiv(samples * dx.shape[2], VECTORS),)](
@@ -543,7 +544,7 @@ def aot_signatures() -> list[dict]:
         pointers |= {n: t for n, t in given.items() if n in kernel.arg_names}
         # A stride of 1 is compiled in.
         constexprs |= {n: 1 for n in ("x_column", "y_column", "dx_column") if n in kernel.arg_names}
-        warps = 8 if kernel is gradient_kernel else 4
+        warps = 8 if kernel in (product_kernel, gradient_kernel) else 4
         return signature(name, kernel, pointers, tuple(n for n in hyper if n in kernel.arg_names), warps, **constexprs)
 
     plain: dict[str, str | None] = dict.fromkeys(
@@ -564,6 +565,6 @@ def aot_signatures() -> list[dict]:
     for kind, given, order in ((Kind.ROWS, plain, 0), (Kind.PROBABILITIES, unit, 0), (Kind.SERIES, unit, 2)):
         flags = {"KIND": kind.value, "ORDER": order}
         rows.append(row(f"statistics, {kind.name.lower()}", statistics_kernel, given, **flags, B=ROW))
-        flags |= {"STUDENT": True, "SYMMETRIC": True, "TURNED": False, **tile}
+        flags |= {"STUDENT": True, "SYMMETRIC": True, "TURNED": False, **tile, "F": GRADIENT_DEPTH}
         rows.append(row(f"gradient, {kind.name.lower()}", gradient_kernel, {**given, "y": "*bf16"}, **flags))
     return rows
