@@ -16,6 +16,7 @@ import toy
 
 from kdkernels import backends
 from kdkernels.bench import accuracy, environment, gate, memory, peers, readme, results, runner, scaling, select, timing
+from kdkernels.ops.registry import Case, specs
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
@@ -268,3 +269,12 @@ def test_gpu_script_dry_run_names_every_stage_and_runs_what_needs_no_gpu():
         assert f"compute-sanitizer --tool {tool}" in done.stdout
     assert "kl_div llm-32k (8192, 32000) bfloat16" in done.stdout
     assert _script("--dry-run", "nonsense").returncode == 2
+
+
+@pytest.mark.parametrize("case", [c for s in specs() for c in s.cases if c.eager], ids=lambda c: c.name)
+def test_eager_baselines_run_and_return_what_the_loss_does(case: Case) -> None:
+    shape = min(case.shapes, key=lambda s: torch.Size(s).numel())
+    inputs = case.make(shape, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, theirs = case.function(**inputs, **case.options), case.eager(**inputs, **case.options)
+    assert theirs.shape == ours.shape
