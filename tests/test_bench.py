@@ -278,3 +278,16 @@ def test_eager_baselines_run_and_return_what_the_loss_does(case: Case) -> None:
     with torch.no_grad():
         ours, theirs = case.function(**inputs, **case.options), case.eager(**inputs, **case.options)
     assert theirs.shape == ours.shape
+
+
+def test_one_right_shape_or_file_does_not_excuse_a_wrong_one():
+    def file(*right: bool) -> dict:
+        return {
+            "environment": {"device": "Some CPU, 2 cores", "date": "2026-01-02"},
+            "results": [{"case": "toy", "backend": "cpu", "passed": r} for r in right],
+        }
+
+    wrong = "**wrong** on Some CPU, 2026-01-02"
+    assert readme.verified([file(False, True)]) == {("toy", "cpu"): wrong}
+    assert readme.verified([file(True, False), file(True)]) == {("toy", "cpu"): wrong}
+    assert readme.verified([file(True, True)]) == {("toy", "cpu"): "Some CPU, 2026-01-02"}

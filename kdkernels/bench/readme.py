@@ -43,13 +43,16 @@ def verified(files: list[dict[str, Any]]) -> dict[tuple[str, str], str]:
     found: dict[tuple[str, str], str] = {}
     for content in files:
         about = content["environment"]
+        together: dict[tuple[str, str], bool] = {}
         for case, backend, right in _runs(content):
+            together[case, backend] = together.get((case, backend), True) and right
+        for (case, backend), right in together.items():
             interpreted = backend == "triton" and about.get("triton_interpreter")
             where = "Triton's interpreter" if interpreted else about["device"].partition(",")[0]
-            if right:
-                found[case, backend] = f"{where}, {about['date']}"
-            else:
-                found[case, backend] = f"**wrong** on {where}, {about['date']}"
+            place = f"{where}, {about['date']}"
+            wrong = f"**wrong** on {place}"
+            # One right file does not excuse another of the same day.
+            found[case, backend] = place if right and found.get((case, backend)) != wrong else wrong
     return found
 
 
