@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from kdkernels import backends
 from kdkernels.losses import checks
 from kdkernels.losses.module import LossModule
-from kdkernels.losses.relational import _plain
 from kdkernels.ops.gram_match import reference
 from kdkernels.ops.gram_match.kinds import Kind, Normalize
 from kdkernels.ops.gram_match.op import gram_match
@@ -121,7 +120,7 @@ def nst_loss(
     detach_teacher_term=False.
     """
     checks.choice("reduction", reduction, ("mean", "sum"))
-    _plain("eps", eps, positive=True)
+    checks.plain_number("eps", eps, positive=True)
     _pair(student, teacher)
     s, t = (x.flatten(2) for x in _resized("avg", student=student, teacher=teacher))
     n, channels, others, positions = s.shape[0], s.shape[1], t.shape[1], s.shape[2]
@@ -248,7 +247,7 @@ def ickd_loss(
     Against others: code in circulation divides by C N^2 or by C N, reduction="batchmean".
     """
     checks.choice("reduction", reduction, ("mean", "batchmean", "sum"))
-    _plain("eps", eps, positive=True)
+    checks.plain_number("eps", eps, positive=True)
     s, t = _pair(student, teacher)
     _same_channels(s, t)
     n, channels = s.shape[0], s.shape[1]

@@ -173,3 +173,36 @@ def indices(name: str, x: torch.Tensor, size: int) -> None:
         low, high = (int(v) for v in x.aminmax())
         if low < 0 or high >= size:
             raise IndexError(f"{name} hold {low if low < 0 else high}, outside 0 to {size - 1}")
+
+
+def embeddings(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two tensors of the same samples; returns both as (N, D), D their own."""
+    for name, x in (("student", student), ("teacher", teacher)):
+        float_tensor(name, x)
+        if x.dim() < 2:
+            raise ValueError(
+                f"{name} must have a sample axis and features, (N, D) or (N, ...); got shape {tuple(x.shape)}"
+            )
+    if student.shape[0] != teacher.shape[0]:
+        raise ValueError(
+            f"student and teacher must hold the same samples: student has {student.shape[0]} and teacher {teacher.shape[0]}"
+        )
+    if student.device != teacher.device:
+        raise ValueError(
+            f"student and teacher must be on one device: student is on {student.device}, teacher on {teacher.device}"
+        )
+    return _features_of("student", student), _features_of("teacher", teacher)
+
+
+def _features_of(name: str, x: torch.Tensor) -> torch.Tensor:
+    features = x.shape[1:].numel()
+    if features == 0:
+        raise ValueError(f"{name} must have at least one feature, got shape {tuple(x.shape)}")
+    return x if x.dim() == 2 else x.reshape(x.shape[0], features)
+
+
+def plain_number(name: str, value: float, *, positive: bool) -> None:
+    """A number that reaches the kernels by value."""
+    if isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a number, got a tensor")
+    number(name, value, low=0, open_low=positive)

@@ -14,7 +14,7 @@ from kdkernels import backends
 from kdkernels.losses import checks
 from kdkernels.losses.linear import _check_chunk
 from kdkernels.losses.module import LossModule
-from kdkernels.losses.relational import _embeddings, _normalized
+from kdkernels.losses.relational import _normalized
 from kdkernels.ops.linear_divergence.op import Head, linear_divergence
 from kdkernels.ops.row_divergence.kinds import Kind
 from kdkernels.ops.scalars import Number
@@ -68,7 +68,7 @@ def compress_loss(
         ValueError: shapes or devices that do not fit, and what linear_kl_div raises it for.
         TypeError, BackendError: as linear_kl_div.
     """
-    s, t = map(_normalized, _embeddings(student, teacher))
+    s, t = map(_normalized, checks.embeddings(student, teacher))
     student_head = Head(s, _queue("queue", queue, "student", s))
     shared = teacher_queue is None
     name = "queue" if shared else "teacher_queue"
@@ -110,7 +110,7 @@ def seed_loss(
 
     Returns, raises: as compress_loss. The teacher gets a gradient if it requires one; the published code detaches it.
     """
-    s, t = map(_normalized, _embeddings(student, teacher))
+    s, t = map(_normalized, checks.embeddings(student, teacher))
     if s.shape[1] != t.shape[1]:
         raise ValueError(
             f"student and teacher must have embeddings of one size, got {s.shape[1]} and {t.shape[1]}: project the student's"
@@ -147,7 +147,7 @@ def info_nce_distillation_loss(
 
     Returns, raises: as compress_loss.
     """
-    s, t = map(_normalized, _embeddings(student, teacher))
+    s, t = map(_normalized, checks.embeddings(student, teacher))
     if s.shape[1] != t.shape[1]:
         raise ValueError(
             f"student and teacher must have embeddings of one size, got {s.shape[1]} and {t.shape[1]}: project the student's"
@@ -262,7 +262,7 @@ def crd_loss(
     Raises:
         ValueError, TypeError, BackendError: as compress_loss. IndexError: indices outside the bank (on a CPU).
     """
-    s, t = map(_normalized, _embeddings(student, teacher))
+    s, t = map(_normalized, checks.embeddings(student, teacher))
     if s.shape[1] != t.shape[1]:
         raise ValueError(f"student and teacher must have embeddings of one size, got {s.shape[1]} and {t.shape[1]}")
     _queue("student_bank", student_bank, "student", s)

@@ -11,7 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from kdkernels import backends
 from kdkernels.losses import checks
 from kdkernels.losses.module import LossModule
-from kdkernels.losses.relational import EPS, _embeddings, _normalized, _plain
+from kdkernels.losses.relational import EPS, _normalized
 from kdkernels.ops.edge_relation import op as edge_relation
 from kdkernels.ops.gram_match.kinds import Kind, Normalize
 from kdkernels.ops.gram_match.op import gram_match
@@ -65,8 +65,8 @@ def _kernel_matrix(
 
 def _check_kernel(kernel: str, gamma: float, degree: int, offset: float) -> None:
     checks.choice("kernel", kernel, KERNELS)
-    _plain("gamma", gamma, positive=True)
-    _plain("offset", offset, positive=False)
+    checks.plain_number("gamma", gamma, positive=True)
+    checks.plain_number("offset", offset, positive=False)
     if not isinstance(degree, int) or degree < 1:
         raise ValueError(f"degree must be a positive integer, got {degree!r}")
 
@@ -112,7 +112,7 @@ def global_structure_loss(
     """
     _check_kernel(kernel, gamma, degree, offset)
     checks.choice("reduction", reduction, ("mean", "sum"))
-    student, teacher = _embeddings(student, teacher)
+    student, teacher = checks.embeddings(student, teacher)
     backend = backends.resolve("global_structure_loss", (student, teacher), backend)
     if kernel == "linear" and backend in GRAM_BACKENDS:
         n = student.shape[0]
@@ -223,7 +223,7 @@ def local_structure_loss(
     _check_kernel(kernel, gamma, degree, offset)
     checks.choice("divergence", divergence, ("kl", "mse"))
     checks.choice("reduction", reduction, ("nodes", "edges", "sum"))
-    student, teacher = _embeddings(student, teacher)
+    student, teacher = checks.embeddings(student, teacher)
     nodes = student.shape[0]
     edges = _edges_in_order(edge_index, nodes, student.device)
     backend = backends.resolve("local_structure_loss", (student, teacher), backend, edge_relation.BACKENDS)
@@ -318,10 +318,10 @@ def graph_structure_loss(
     ):  # fmt: skip
         checks.number(name, value)
     checks.choice("kernel", kernel, ("linear", "rbf"))
-    _plain("gamma", gamma, positive=True)
-    _plain("beta", beta, positive=True)
+    checks.plain_number("gamma", gamma, positive=True)
+    checks.plain_number("beta", beta, positive=True)
     checks.choice("reduction", reduction, ("mean", "sum"))
-    student, teacher = _embeddings(student, teacher)
+    student, teacher = checks.embeddings(student, teacher)
     backend = backends.resolve("graph_structure_loss", (student, teacher), backend, closure.BACKENDS)
     options = kernel, normalize, gamma, 1, 0.0, False
     (r_s, p_s), (r_t, p_t) = (

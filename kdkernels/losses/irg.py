@@ -12,7 +12,7 @@ from kdkernels import backends
 from kdkernels.losses import checks
 from kdkernels.losses.graphs import mean_square, off_diagonal, squared_distances, wide
 from kdkernels.losses.module import LossModule
-from kdkernels.losses.relational import EPS, _embeddings
+from kdkernels.losses.relational import EPS
 from kdkernels.ops.scalars import Number
 
 
@@ -60,7 +60,7 @@ def _layers(
             f"student_features and teacher_features must be equally many layers, at least one; got {len(students)} and {len(teachers)}"
         )
     for s, t in zip(students, teachers):
-        _embeddings(s, t)
+        checks.embeddings(s, t)
         if s.shape[0] != students[0].shape[0]:
             raise ValueError(f"all layers must hold the same samples, got {students[0].shape[0]} and {s.shape[0]}")
     return students, teachers

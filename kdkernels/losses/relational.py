@@ -18,32 +18,6 @@ from kdkernels.ops.triplet_angle import reference as angles_reference
 EPS = 1e-12
 
 
-def _embeddings(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both as (N, D), D their own."""
-    for name, x in (("student", student), ("teacher", teacher)):
-        checks.float_tensor(name, x)
-        if x.dim() < 2:
-            raise ValueError(
-                f"{name} must have a sample axis and features, (N, D) or (N, ...); got shape {tuple(x.shape)}"
-            )
-    if student.shape[0] != teacher.shape[0]:
-        raise ValueError(
-            f"student and teacher must hold the same samples: student has {student.shape[0]} and teacher {teacher.shape[0]}"
-        )
-    if student.device != teacher.device:
-        raise ValueError(
-            f"student and teacher must be on one device: student is on {student.device}, teacher on {teacher.device}"
-        )
-    return _flat("student", student), _flat("teacher", teacher)
-
-
-def _flat(name: str, x: torch.Tensor) -> torch.Tensor:
-    features = x.shape[1:].numel()
-    if features == 0:
-        raise ValueError(f"{name} must have at least one feature, got shape {tuple(x.shape)}")
-    return x if x.dim() == 2 else x.reshape(x.shape[0], features)
-
-
 def _normalized(x: torch.Tensor) -> torch.Tensor:
     """Rows of length 1, at least in float32; a zero row stays zero and gets no gradient."""
     x = x if x.dtype == torch.float64 else x.float()
@@ -76,20 +50,13 @@ def _pairs(n: int, mask: torch.Tensor | None, labels: torch.Tensor | None, devic
     return mask
 
 
-def _plain(name: str, value: float, *, positive: bool) -> None:
-    """A number that reaches the kernels by value."""
-    if isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} must be a number, got a tensor")
-    checks.number(name, value, low=0, open_low=positive)
-
-
 class _Distances:
     """Both models' squared distances, made once for all the terms that want them."""
 
     def __init__(
         self, operation: str, student: torch.Tensor, teacher: torch.Tensor, normalize: bool, backend: str, split: bool
     ):
-        self.student, self.teacher = _embeddings(student, teacher)
+        self.student, self.teacher = checks.embeddings(student, teacher)
         self.backend = backends.resolve(operation, (self.student, self.teacher), backend)
         self.n = self.student.shape[0]
         if normalize:
@@ -186,8 +153,8 @@ def rkd_distance_loss(
     Against others: the authors' code, torchdistill, RepDistiller and mdistiller have these defaults (weighted by 1 in the
     first two and 25 in the others); mmrazor passes normalize=True (and 25).
     """
-    _plain("beta", beta, positive=True)
-    _plain("eps", eps, positive=False)
+    checks.plain_number("beta", beta, positive=True)
+    checks.plain_number("eps", eps, positive=False)
     checks.choice("reduction", reduction, pairwise.REDUCTIONS)
     distances = _Distances("rkd_distance_loss", student, teacher, normalize, backend, split=False)
     mask = _pairs(distances.n, mask, labels, distances.student.device)
@@ -230,7 +197,7 @@ def rkd_angle_loss(
     Against others: the authors' code, torchdistill, RepDistiller and mdistiller have these defaults (weighted by 2 in the
     first two and 50 in the others); mmrazor passes normalize=True (and 50).
     """
-    _plain("beta", beta, positive=True)
+    checks.plain_number("beta", beta, positive=True)
     checks.choice("reduction", reduction, angles.REDUCTIONS)
     return _Distances("rkd_angle_loss", student, teacher, normalize, backend, split=True).angle_term(beta, reduction)
 
@@ -273,8 +240,8 @@ def rkd_loss(
     """
     checks.number("distance_weight", distance_weight)
     checks.number("angle_weight", angle_weight)
-    _plain("beta", beta, positive=True)
-    _plain("eps", eps, positive=False)
+    checks.plain_number("beta", beta, positive=True)
+    checks.plain_number("eps", eps, positive=False)
     checks.choice("reduction", reduction, angles.REDUCTIONS)
     distances = _Distances("rkd_loss", student, teacher, normalize, backend, split=True)
     mask = _pairs(distances.n, mask, labels, distances.student.device)
@@ -324,7 +291,7 @@ def hard_dark_rank_loss(
     """
     checks.number("alpha", alpha, low=0, open_low=True)
     checks.number("beta", beta, low=0, open_low=True)
-    _plain("eps", eps, positive=False)
+    checks.plain_number("eps", eps, positive=False)
     checks.choice("reduction", reduction, ("mean", "sum", "none"))
     if not isinstance(k, int) or k < 1:
         raise ValueError(f"k must be a positive integer, got {k!r}")

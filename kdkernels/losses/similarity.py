@@ -9,7 +9,6 @@ import torch
 from kdkernels import backends
 from kdkernels.losses import checks
 from kdkernels.losses.module import LossModule
-from kdkernels.losses.relational import _embeddings, _plain
 from kdkernels.ops.gram_match.kinds import Kind, Normalize
 from kdkernels.ops.gram_match.op import gram_match
 
@@ -62,8 +61,8 @@ def similarity_preserving_loss(
     reduction="batchmean" is "mean" here, anything else "sum".
     """
     checks.choice("norm", norm, ("l2", "l1"))
-    _plain("eps", eps, positive=True)
-    student, teacher = _embeddings(student, teacher)
+    checks.plain_number("eps", eps, positive=True)
+    student, teacher = checks.embeddings(student, teacher)
     return _match(
         "similarity_preserving_loss", student, teacher, backend, kind=Kind.ROWS if norm == "l2" else Kind.ROWS_L1,
         scale=_scale(student.shape[0], reduction), eps=eps,
@@ -98,8 +97,8 @@ def cosine_similarity_matrix_loss(
         TypeError: features that are not floating point.
         BackendError: the backend asked for cannot run here.
     """
-    _plain("eps", eps, positive=True)
-    student, teacher = _embeddings(student, teacher)
+    checks.plain_number("eps", eps, positive=True)
+    student, teacher = checks.embeddings(student, teacher)
     return _match(
         "cosine_similarity_matrix_loss", student, teacher, backend, kind=Kind.LINEAR, normalize=Normalize.CLAMPED,
         scale=_scale(student.shape[0], reduction), eps=eps,
@@ -160,11 +159,11 @@ def correlation_congruence_loss(
     """
     checks.choice("kernel", kernel, ("gaussian", "bilinear", "correlation", "neighbours"))
     checks.choice("distance", distance, ("squared", "frobenius"))
-    _plain("gamma", gamma, positive=True)
-    _plain("eps", eps, positive=True)
+    checks.plain_number("gamma", gamma, positive=True)
+    checks.plain_number("eps", eps, positive=True)
     if not isinstance(order, int) or order < 0:
         raise ValueError(f"order must be a non-negative integer, got {order!r}")
-    student, teacher = _embeddings(student, teacher)
+    student, teacher = checks.embeddings(student, teacher)
     scale = _scale(student.shape[0], reduction)
     if kernel == "neighbours":
         return _neighbours(student, teacher, reduction)
@@ -234,8 +233,8 @@ def pkt_loss(
     Against others: the authors' code, RepDistiller, torchdistill and mdistiller have these defaults (the last two weigh
     it by 30000); Knowledge-Distillation-Zoo passes eps=1e-6.
     """
-    _plain("eps", eps, positive=True)
-    student, teacher = _embeddings(student, teacher)
+    checks.plain_number("eps", eps, positive=True)
+    student, teacher = checks.embeddings(student, teacher)
     return _match(
         "pkt_loss", student, teacher, backend, kind=Kind.PROBABILITIES, normalize=Normalize.SHIFTED,
         scale=_scale(student.shape[0], reduction), eps=eps,
