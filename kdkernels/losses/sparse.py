@@ -68,7 +68,8 @@ def topk_div(
         teacher_values_are: "logits", or "log_probs": normalised over all V classes and already at their temperature,
             which "none", "tail" and "uniform" need, since k logits do not tell the teacher's mass.
         min_log_prob: with missing="none", the log-probabilities of both are raised to this; no gradient below.
-        temperature: T > 0, a number or a tensor with one element, which may require a gradient.
+        temperature: T > 0, a number or a tensor with one element. It may require a gradient; the backward then makes
+            temporaries of the logits' size in float32.
         teacher_temperature: the teacher's own T, for logits; default: the student's.
         scale_by_t2: multiply by the square of the student's temperature.
         dim: the class axis; only the last one.
