@@ -196,7 +196,7 @@ def test_installed_metadata():
         pytest.skip("kdkernels is built in place, not installed")
     assert about["Version"] == kdkernels.__version__
     assert about["License-Expression"] == "Apache-2.0"
-    assert {"demo", "bench", "test", "dev", "triton"} <= set(about.get_all("Provides-Extra"))
+    assert {"demo", "bench", "test", "docs", "dev", "triton"} <= set(about.get_all("Provides-Extra"))
     scripts = importlib.metadata.entry_points(group="console_scripts", name="kdkernels")
     assert [s.value for s in scripts] == ["kdkernels.cli:main"]
 
