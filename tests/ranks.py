@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import global_batch
 import pytest
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ def run(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    for function in CHECKS:
+    for function in (*CHECKS, *global_batch.CHECKS):
         for group in (dist.group.WORLD, pairs[rank // 2]):
             torch.manual_seed(3)
             function(group)

@@ -6,12 +6,17 @@ numbers. Values of CPU tensors are checked too, and with KDKERNELS_DEBUG=1 those
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kdkernels.ops.scalars import Number, readable
+
+if TYPE_CHECKING:
+    from kdkernels.distributed.batch import Samples
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("rowmean", "batchmean", "mean", "sum", "none")
@@ -192,6 +197,61 @@ def embeddings(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tens
             f"student and teacher must be on one device: student is on {student.device}, teacher on {teacher.device}"
         )
     return _features_of("student", student), _features_of("teacher", teacher)
+
+
+def batch(
+    operation: str,
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    group: torch.distributed.ProcessGroup | None,
+    *,
+    gather: bool = True,
+    **others: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, Samples | None]:
+    """`embeddings` of all samples of a group's ranks, and where they are; without a group of this process's, and None.
+
+    Args:
+        gather: False leaves the embeddings where they are: this rank's.
+        others: what else has a first axis of samples, which the ranks are to agree on.
+    """
+    if group is None:
+        return *embeddings(student, teacher), None
+    from kdkernels.distributed.batch import meet
+
+    with refusing(operation, group):
+        student, teacher = embeddings(student, teacher)
+        for name, x in others.items():
+            of_samples(name, x, student)
+    samples = meet(operation, group, student=student, teacher=teacher, **others)
+    if gather:
+        student, teacher = samples.gather(student), samples.gather(teacher)
+    return student, teacher, samples
+
+
+def refusing(operation: str, group: torch.distributed.ProcessGroup | None) -> contextlib.AbstractContextManager[None]:
+    """Round checks: where they fail on this rank of a group, the others fail too instead of waiting for it."""
+    if group is None:
+        return contextlib.nullcontext()
+    from kdkernels.distributed import batch
+
+    return batch.refusing(operation, group)
+
+
+def of_samples(name: str, x: Any, like: torch.Tensor) -> None:
+    """None, or a tensor with as many samples as `like`, beside it."""
+    if x is None:
+        return
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dim() == 0 or x.shape[0] != like.shape[0]:
+        raise ValueError(f"{name} must have {like.shape[0]} samples in its first axis, got shape {tuple(x.shape)}")
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} with the embeddings, got {x.device}")
+
+
+def ring(ring: bool, group: torch.distributed.ProcessGroup | None) -> None:
+    if ring and group is None:
+        raise ValueError("ring=True is how the ranks of a group meet: give a group")
 
 
 def _features_of(name: str, x: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,8 @@ zero and gets no gradient. What a queue or bank holds is taken as it is.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.distributed
 
@@ -18,6 +20,9 @@ from kdkernels.losses.relational import _normalized
 from kdkernels.ops.linear_divergence.op import Head, linear_divergence
 from kdkernels.ops.row_divergence.kinds import Kind
 from kdkernels.ops.scalars import Number
+
+if TYPE_CHECKING:
+    from kdkernels.distributed.batch import Samples
 
 
 def _queue(name: str, queue: torch.Tensor, of_name: str, x: torch.Tensor) -> torch.Tensor:
@@ -43,6 +48,7 @@ def compress_loss(
     reduction: str = "rowmean",
     weight: torch.Tensor | None = None,
     chunk_bytes: int | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """CompRess: the student's similarities to a queue are distributed as the teacher's.
@@ -60,15 +66,18 @@ def compress_loss(
         temperature, teacher_temperature, scale_by_t2, weight: as kl_div; a weight for every sample.
         reduction: as kl_div, of scores (N, K).
         chunk_bytes, backend: as linear_kl_div.
+        group: the ranks whose samples are one batch, this rank's being `student` and `teacher` (and `weight`), as many as it
+            has; default: this process's alone. Values and gradients: kdkernels/distributed/README.md.
 
     Returns:
-        A float32 scalar (float64 if an input is float64), or one value a sample.
+        A float32 scalar (float64 if an input is float64), or one value a sample (with a group, of this rank's).
 
     Raises:
         ValueError: shapes or devices that do not fit, and what linear_kl_div raises it for.
         TypeError, BackendError: as linear_kl_div.
     """
-    s, t = map(_normalized, checks.embeddings(student, teacher))
+    student, teacher, samples = checks.batch("compress_loss", student, teacher, group, gather=False, weight=weight)
+    s, t = _normalized(student), _normalized(teacher)
     student_head = Head(s, _queue("queue", queue, "student", s))
     shared = teacher_queue is None
     name = "queue" if shared else "teacher_queue"
@@ -79,7 +88,7 @@ def compress_loss(
             f"{student_head.weight.shape[0]} and {teacher_head.weight.shape[0]} of them"
         )
     return _call("compress_loss", Kind.FORWARD_KL, student_head, teacher_head, temperature, teacher_temperature,
-                 scale_by_t2, reduction, weight, chunk_bytes, backend)  # fmt: skip
+                 scale_by_t2, reduction, weight, chunk_bytes, samples, backend)  # fmt: skip
 
 
 def seed_loss(
@@ -93,6 +102,7 @@ def seed_loss(
     reduction: str = "rowmean",
     weight: torch.Tensor | None = None,
     chunk_bytes: int | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """SEED: soft cross-entropy over a queue of the teacher's embeddings and the sample's own.
@@ -106,18 +116,19 @@ def seed_loss(
         queue: (K, D), normalised embeddings of the teacher (65536 in the paper). See `Queue`.
         temperature: the student's; the paper's 0.2.
         teacher_temperature: 1e-4 in the authors' code, 0.01 in the paper's text; None: the student's.
-        scale_by_t2, reduction, weight, chunk_bytes, backend: as compress_loss.
+        scale_by_t2, reduction, weight, chunk_bytes, group, backend: as compress_loss.
 
     Returns, raises: as compress_loss. The teacher gets a gradient if it requires one; the published code detaches it.
     """
-    s, t = map(_normalized, checks.embeddings(student, teacher))
+    student, teacher, samples = checks.batch("seed_loss", student, teacher, group, gather=False, weight=weight)
+    s, t = _normalized(student), _normalized(teacher)
     if s.shape[1] != t.shape[1]:
         raise ValueError(
             f"student and teacher must have embeddings of one size, got {s.shape[1]} and {t.shape[1]}: project the student's"
         )
     queue = _queue("queue", queue, "teacher", t)
     return _call("seed_loss", Kind.SOFT_CROSS_ENTROPY, Head(s, queue, own=t), Head(t, queue, own=t), temperature,
-                 teacher_temperature, scale_by_t2, reduction, weight, chunk_bytes, backend)  # fmt: skip
+                 teacher_temperature, scale_by_t2, reduction, weight, chunk_bytes, samples, backend)  # fmt: skip
 
 
 def info_nce_distillation_loss(
@@ -130,6 +141,8 @@ def info_nce_distillation_loss(
     reduction: str = "rowmean",
     weight: torch.Tensor | None = None,
     chunk_bytes: int | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
+    ring: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """InfoNCE between the models: each sample's student embedding must find its teacher embedding.
@@ -143,35 +156,72 @@ def info_nce_distillation_loss(
         temperature: T > 0, a number or a tensor with one element. It gets no gradient.
         symmetric: the mean of this and of the teacher's embeddings looking for the student's, as CLIP has it; without a
             queue only.
-        reduction, weight, chunk_bytes, backend: as compress_loss.
+        reduction, weight, chunk_bytes, group, backend: as compress_loss. With a group, negatives are all ranks' embeddings.
+        ring: with a group and without a queue, blocks of samples go from rank to rank and no rank has all of them: memory
+            O(N_local N), by torch's operations whatever the backend.
 
     Returns, raises: as compress_loss.
     """
-    s, t = map(_normalized, checks.embeddings(student, teacher))
+    checks.ring(ring, group)
+    operation = "info_nce_distillation_loss"
+    student, teacher, samples = checks.batch(operation, student, teacher, group, gather=False, weight=weight)
+    s, t = _normalized(student), _normalized(teacher)
     if s.shape[1] != t.shape[1]:
         raise ValueError(
             f"student and teacher must have embeddings of one size, got {s.shape[1]} and {t.shape[1]}: project the student's"
         )
-    if symmetric and queue is not None:
-        raise ValueError("symmetric goes with the batch's negatives only: leave out queue")
+    if (symmetric or ring) and queue is not None:
+        raise ValueError(
+            f"{'symmetric' if symmetric else 'ring'} goes with the batch's negatives only: leave out queue"
+        )
     checks.number("temperature", temperature, low=0, open_low=True)
     scale = 1 / temperature
+    if ring:
+        return _info_nce_in_a_ring(s, t, samples, scale, symmetric, reduction, weight, backend)
     if queue is not None:
         heads = [Head(s, _queue("queue", queue, "teacher", t), own=t, scale=scale)]
         labels = torch.full((s.shape[0],), queue.shape[0], device=s.device)
     else:
-        heads = [Head(s, t, scale=scale), Head(t, s, scale=scale)][: 2 if symmetric else 1]
-        labels = torch.arange(s.shape[0], device=s.device)
-    if s.shape[0] == 0:
-        return (s * 0).sum() if reduction != "none" else (s * 0).sum(1)
+        pairs = [(s, t), (t, s)][: 2 if symmetric else 1]
+        heads = [Head(x, y if samples is None else samples.gather(y), scale=scale) for x, y in pairs]
+        labels = torch.arange(s.shape[0], device=s.device) + (0 if samples is None else samples.own.start)
     losses = [
         _call(
-            "info_nce_distillation_loss", Kind.FORWARD_KL, head, None, 1.0, None, False, reduction, weight, chunk_bytes,
-            backend, labels,
+            operation,
+            Kind.FORWARD_KL,
+            head,
+            None,
+            1.0,
+            None,
+            False,
+            reduction,
+            weight,
+            chunk_bytes,
+            samples,
+            backend,
+            labels,
         )
         for head in heads
-    ]  # fmt: skip
+    ]
     return sum(losses[1:], losses[0]) / len(losses)
+
+
+def _info_nce_in_a_ring(
+    s: torch.Tensor, t: torch.Tensor, samples: Samples | None, scale: Number, symmetric: bool, reduction: str,
+    weight: torch.Tensor | None, backend: str,
+) -> torch.Tensor:  # fmt: skip
+    from kdkernels.distributed.row_losses import info_nce
+
+    assert samples is not None
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    backends.resolve("info_nce_distillation_loss", (s, t), backend)
+    weight = checks.per_row("weight", weight, tuple(s.shape[:1]), s.device)
+    rows = info_nce(s, t, samples, scale)
+    if symmetric:
+        rows = (rows + info_nce(t, s, samples, scale)) / 2
+    if weight is not None:
+        rows = (rows * weight.to(rows.dtype)).where(weight != 0, 0.0)
+    return rows if reduction == "none" else _of_all(rows.sum(), samples, reduction, weight)
 
 
 def _call(
@@ -185,6 +235,7 @@ def _call(
     reduction: str,
     weight: torch.Tensor | None,
     chunk_bytes: int | None,
+    samples: Samples | None,
     backend: str,
     labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -194,11 +245,39 @@ def _call(
     weight = checks.per_row("weight", weight, tuple(student.hidden.shape[:1]), student.hidden.device)
     _check_chunk(chunk_bytes, student, teacher, kind)
     hard = labels is not None
-    return linear_divergence(
-        student, teacher, kind=kind, temperature=temperature, teacher_temperature=teacher_temperature,
-        kd_weight=0.0 if hard else 1.0, ce_weight=1.0 if hard else None, scale_by_t2=scale_by_t2, reduction=reduction,
-        weight=weight, labels=labels, ignore_index=-1, chunk_bytes=chunk_bytes or 0, backend=backend, operation=operation,
-    )  # fmt: skip
+    together = samples is not None and reduction != "none"
+    if student.hidden.shape[0] == 0 and (
+        hard or samples is not None
+    ):  # nothing, but other ranks wait for the gradients
+        given = [x for head in (student, teacher) if head is not None for x in (head.hidden, head.own) if x is not None]
+        loss = torch.cat(given, 1).sum(1) + 0 * student.weight.sum()
+        loss = loss if reduction == "none" else loss.sum()
+    else:
+        loss = linear_divergence(
+            student, teacher, kind=kind, temperature=temperature, teacher_temperature=teacher_temperature,
+            kd_weight=0.0 if hard else 1.0, ce_weight=1.0 if hard else None, scale_by_t2=scale_by_t2,
+            reduction="sum" if together else reduction, weight=weight, labels=labels, ignore_index=-1,
+            chunk_bytes=chunk_bytes or 0, backend=backend, operation=operation,
+        )  # fmt: skip
+    if not together:
+        return loss
+    assert samples is not None
+    columns = None if hard else student.weight.shape[0] + (student.own is not None)
+    return _of_all(loss, samples, reduction, weight, columns)
+
+
+def _of_all(
+    total: torch.Tensor, samples: Samples, reduction: str, weight: torch.Tensor | None, columns: int | None = None
+) -> torch.Tensor:
+    """The loss of all ranks' samples from the sum of this rank's; "mean" is over columns too where there are any."""
+    total = samples.total(total)
+    if reduction == "sum":
+        return total
+    by_row = reduction == "rowmean" or (reduction == "mean" and columns is None)
+    if by_row and weight is not None:
+        mass = samples.total(weight.detach().to(total.dtype).sum())
+        return total / mass.where(mass != 0, 1.0)
+    return total / max(samples.whole * (columns if reduction == "mean" and columns else 1), 1)
 
 
 # --------------------------------------------------------------------------------------------- noise-contrastive estimation
@@ -234,6 +313,7 @@ def crd_loss(
     eps: float = 1e-7,
     dense: bool | None = None,
     reduction: str = "rowmean",
+    group: torch.distributed.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Contrastive representation distillation: tell a sample's embedding in the other model from K random ones.
@@ -254,6 +334,7 @@ def crd_loss(
         dense: multiply with the whole bank and count how often each entry is a negative, or gather the negatives; default:
             the former where n is at most 16 K. The same value, up to rounding.
         reduction: "rowmean" or "batchmean" (the same), "sum", or "none": one value a sample.
+        group: as compress_loss; the default normalizers are then of all ranks' samples, `indices` having this rank's.
         backend: every name runs the same torch operations.
 
     Returns:
@@ -262,7 +343,8 @@ def crd_loss(
     Raises:
         ValueError, TypeError, BackendError: as compress_loss. IndexError: indices outside the bank (on a CPU).
     """
-    s, t = map(_normalized, checks.embeddings(student, teacher))
+    student, teacher, samples = checks.batch("crd_loss", student, teacher, group, gather=False, indices=indices)
+    s, t = _normalized(student), _normalized(teacher)
     if s.shape[1] != t.shape[1]:
         raise ValueError(f"student and teacher must have embeddings of one size, got {s.shape[1]} and {t.shape[1]}")
     _queue("student_bank", student_bank, "student", s)
@@ -285,16 +367,18 @@ def crd_loss(
     checks.indices("indices", indices, n)
     dense = n <= DENSE_WITHIN * negatives if dense is None else dense
     z_s, z_t = (None, None) if normalizers is None else normalizers
-    losses = _nce(s, teacher_bank, indices, temperature, z_s, eps, dense)
-    losses = losses + _nce(t, student_bank, indices, temperature, z_t, eps, dense)
+    losses = _nce(s, teacher_bank, indices, temperature, z_s, eps, dense, samples)
+    losses = losses + _nce(t, student_bank, indices, temperature, z_t, eps, dense, samples)
     if reduction == "none":
         return losses
+    if samples is not None:
+        return _of_all(losses.sum(), samples, reduction, None)
     return losses.sum() if reduction == "sum" else losses.sum() / max(losses.shape[0], 1)
 
 
 def _nce(
     x: torch.Tensor, bank: torch.Tensor, indices: torch.Tensor, temperature: Number, z: Number | None, eps: float,
-    dense: bool,
+    dense: bool, samples: Samples | None,
 ) -> torch.Tensor:  # fmt: skip
     """One model's term of each sample, in logarithms: log P / (P + c) is logsigmoid(log P - log c)."""
     n, k = bank.shape[0], indices.shape[1] - 1
@@ -310,7 +394,10 @@ def _nce(
         negative = _Gathered.apply(x, bank, indices[:, 1:]) / temperature
     if z is None:
         with torch.no_grad():
-            z = (positive.exp().sum() + (counts * negative.exp()).sum()) / max(indices.numel(), 1) * n
+            mass, rows = positive.exp().sum() + (counts * negative.exp()).sum(), indices.shape[0]
+            if samples is not None:
+                mass, rows = samples.total(mass), samples.whole
+            z = mass / max(rows * indices.shape[1], 1) * n
     log_z = torch.as_tensor(z, dtype=x.dtype, device=x.device).detach().log()
     noise = k / n
     log_c = torch.as_tensor(noise + eps, dtype=x.dtype).log()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ from kdkernels.ops.pairwise_distance import op as pairwise
 from kdkernels.ops.pairwise_distance import reference as pairwise_reference
 from kdkernels.ops.pairwise_distance.reference import smooth_l1
 from kdkernels.ops.scalars import Number, readable
+
+if TYPE_CHECKING:
+    from kdkernels.distributed.batch import Samples
 
 KERNELS = ("linear", "polynomial", "euclidean", "rbf")
 GRAM_BACKENDS = ("cpu", "reference")  # where gram_match has kernels; elsewhere products are made from distances
@@ -48,14 +51,25 @@ def mean_square(x: torch.Tensor) -> torch.Tensor:
 
 
 def _kernel_matrix(
-    x: torch.Tensor, backend: str, kernel: str, normalize: bool, gamma: float, degree: int, offset: float, squared: bool
-) -> torch.Tensor:
+    x: torch.Tensor, backend: str, kernel: str, normalize: bool, gamma: float, degree: int, offset: float, squared: bool,
+    samples: Samples | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Of all samples; with `samples`, this rank's rows of it, from this rank's x."""
     x = _normalized(x) if normalize else wide(x)
-    d2 = squared_distances(x, backend)
+    if samples is not None:
+        from kdkernels.distributed import ring
+
+        if kernel in ("linear", "polynomial"):
+            product = ring.products(x, x, samples)
+            return product if kernel == "linear" else (product + offset) ** degree
+        d2, other = ring.squared_distances(x, samples), ring.others(samples, x.device)
+    else:
+        d2 = squared_distances(x, backend)
+        other = off_diagonal(d2)
     if kernel == "rbf":
         return torch.exp(-gamma * d2)
     if kernel == "euclidean":
-        kept = off_diagonal(d2) & (d2 > EPS)
+        kept = other & (d2 > EPS)
         return d2 if squared else d2.where(kept, 1.0).sqrt().where(kept, 0.0)
     # From distances, so that no user's allow_tf32 touches it.
     norms = wide(x).pow(2).sum(1)
@@ -82,6 +96,8 @@ def global_structure_loss(
     offset: float = 0.0,
     squared: bool = False,
     reduction: str = "mean",
+    group: torch.distributed.ProcessGroup | None = None,
+    ring: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Global structure preserving (GSP): the mean squared difference of both models' kernel matrices of all nodes.
@@ -96,6 +112,10 @@ def global_structure_loss(
         normalize: L2-normalise the features first, so that a linear kernel is the cosine.
         gamma, degree, offset, squared: of the kernels; squared makes "euclidean" |x - y|^2.
         reduction: "mean" divides by N^2, "sum" by nothing.
+        group: the ranks whose nodes are one graph, this rank's being `student` and `teacher`, as many as it has; default:
+            this process's alone. Values and gradients: kdkernels/distributed/README.md.
+        ring: with a group, blocks of samples go from rank to rank and no rank has all of them: memory O(N_local N), each
+            rank computes its own rows, by torch's operations whatever the backend.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
@@ -112,8 +132,14 @@ def global_structure_loss(
     """
     _check_kernel(kernel, gamma, degree, offset)
     checks.choice("reduction", reduction, ("mean", "sum"))
-    student, teacher = checks.embeddings(student, teacher)
+    checks.ring(ring, group)
+    student, teacher, samples = checks.batch("global_structure_loss", student, teacher, group, gather=not ring)
     backend = backends.resolve("global_structure_loss", (student, teacher), backend)
+    options = kernel, normalize, gamma, degree, offset, squared
+    if samples is not None and ring:
+        s, t = (_kernel_matrix(x, backend, *options, samples) for x in (student, teacher))
+        total = samples.total((s - t).pow(2).sum())
+        return total if reduction == "sum" else total / max(samples.whole**2, 1)
     if kernel == "linear" and backend in GRAM_BACKENDS:
         n = student.shape[0]
         return gram_match(
@@ -121,7 +147,7 @@ def global_structure_loss(
             normalize=Normalize.CLAMPED if normalize else Normalize.NONE,
             scale=1.0 / max(n * n, 1) if reduction == "mean" else 1.0, backend=backend,
         )  # fmt: skip
-    s, t = (_kernel_matrix(x, backend, kernel, normalize, gamma, degree, offset, squared) for x in (student, teacher))
+    s, t = (_kernel_matrix(x, backend, *options) for x in (student, teacher))
     return (s - t).pow(2).sum() if reduction == "sum" else mean_square(s - t)
 
 
@@ -146,8 +172,7 @@ def _edge_kernel(
 _known_edges: Any = WeakIdKeyDictionary()  # edge_index -> (its version, nodes, the edges in order)
 
 
-def _edges_in_order(edge_index: torch.Tensor, nodes: int, device: torch.device) -> edge_relation.Edges:
-    """Checks the edges and sorts them; those of a tensor that was here before, and has not changed, are remembered."""
+def _check_edges(edge_index: torch.Tensor, device: torch.device) -> None:
     if not isinstance(edge_index, torch.Tensor):
         raise TypeError(f"edge_index must be a tensor, got {type(edge_index).__name__}")
     if edge_index.dtype not in (torch.int64, torch.int32):
@@ -158,6 +183,10 @@ def _edges_in_order(edge_index: torch.Tensor, nodes: int, device: torch.device) 
         raise ValueError(f"edge_index must have shape (2, E), sources and targets; got {tuple(edge_index.shape)}")
     if edge_index.device != device:
         raise ValueError(f"edge_index must be on {device} with the features, got {edge_index.device}")
+
+
+def _edges_in_order(edge_index: torch.Tensor, nodes: int) -> edge_relation.Edges:
+    """Sorts the edges, and looks at them; those of a tensor that was here before, and has not changed, are remembered."""
     remember = readable(edge_index) and not edge_index.is_inference()
     if remember:
         version, of_nodes, found = _known_edges.get(edge_index, (None, None, None))
@@ -186,6 +215,7 @@ def local_structure_loss(
     squared: bool = True,
     divergence: str = "kl",
     reduction: str = "nodes",
+    group: torch.distributed.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Local structure preserving (LSP): how similar each node is to its neighbours in a given graph.
@@ -204,6 +234,9 @@ def local_structure_loss(
         squared: False makes "euclidean" |x - y|.
         divergence: "kl", or "mse" for squared differences of the probabilities.
         reduction: "nodes" divides by N (the paper), "edges" by E, "sum" by nothing.
+        group: the ranks whose nodes are one graph, in the order of ranks, `student` and `teacher` having this rank's. Its
+            edges are any part of the graph's, and number the nodes of all ranks. Default: this process's alone. Values
+            and gradients: kdkernels/distributed/README.md.
         backend: "auto", "triton", "cpu" or "reference".
 
     Returns:
@@ -223,9 +256,18 @@ def local_structure_loss(
     _check_kernel(kernel, gamma, degree, offset)
     checks.choice("divergence", divergence, ("kl", "mse"))
     checks.choice("reduction", reduction, ("nodes", "edges", "sum"))
-    student, teacher = checks.embeddings(student, teacher)
+    student, teacher, samples = checks.batch("local_structure_loss", student, teacher, group)
+    if samples is None:
+        _check_edges(edge_index, student.device)
+    else:
+        from kdkernels.distributed.batch import meet
+
+        with checks.refusing("local_structure_loss", group):
+            _check_edges(edge_index, student.device)
+        mine = edge_index.T
+        edge_index = meet("local_structure_loss", group, edge_index=mine).gather(mine).T
     nodes = student.shape[0]
-    edges = _edges_in_order(edge_index, nodes, student.device)
+    edges = _edges_in_order(edge_index, nodes)
     backend = backends.resolve("local_structure_loss", (student, teacher), backend, edge_relation.BACKENDS)
     s, t = (
         _edge_kernel(x, edges, backend, kernel, normalize, gamma, degree, offset, squared) for x in (student, teacher)
@@ -267,6 +309,7 @@ def graph_structure_loss(
     gamma: float = 0.5,
     beta: float = 1.0,
     reduction: str = "mean",
+    group: torch.distributed.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """The structure of two soft graphs over the same samples: who reaches whom, and how far it is.
@@ -299,6 +342,8 @@ def graph_structure_loss(
         gamma: see kernel.
         beta: where smooth-L1 turns linear.
         reduction: "mean" over ordered pairs, or "sum".
+        group: the ranks whose samples are one batch, this rank's being `student` and `teacher`, as many as it has; default:
+            this process's alone. Values and gradients: kdkernels/distributed/README.md.
         backend: "auto", "triton", "cpu" or "reference".
 
     Returns:
@@ -321,7 +366,7 @@ def graph_structure_loss(
     checks.plain_number("gamma", gamma, positive=True)
     checks.plain_number("beta", beta, positive=True)
     checks.choice("reduction", reduction, ("mean", "sum"))
-    student, teacher = checks.embeddings(student, teacher)
+    student, teacher, _ = checks.batch("graph_structure_loss", student, teacher, group)
     backend = backends.resolve("graph_structure_loss", (student, teacher), backend, closure.BACKENDS)
     options = kernel, normalize, gamma, 1, 0.0, False
     (r_s, p_s), (r_t, p_t) = (

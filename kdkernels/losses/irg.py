@@ -66,6 +66,24 @@ def _layers(
     return students, teachers
 
 
+def _everybodys(
+    group: torch.distributed.ProcessGroup, student: list[torch.Tensor], teacher: list[torch.Tensor],
+    student_logits: torch.Tensor | None, teacher_logits: torch.Tensor | None,
+) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+    """The same for the samples of all ranks."""
+    from kdkernels.distributed.batch import meet
+
+    name = f"instance_relation_graph_loss of {len(student)} layers"
+    samples = meet(
+        name, group, student_features=student[0], teacher_features=teacher[0], student_logits=student_logits,
+        teacher_logits=teacher_logits,
+    )  # fmt: skip
+    for of_student, of_teacher in zip(student[1:], teacher[1:]):
+        meet(name, group, student_features=of_student, teacher_features=of_teacher)
+    s, t = (None if x is None else samples.gather(x) for x in (student_logits, teacher_logits))
+    return [samples.gather(x) for x in student], [samples.gather(x) for x in teacher], s, t
+
+
 def instance_relation_graph_loss(
     student_features: torch.Tensor | Sequence[torch.Tensor],
     teacher_features: torch.Tensor | Sequence[torch.Tensor],
@@ -78,6 +96,7 @@ def instance_relation_graph_loss(
     transformations: Sequence[tuple[int, int]] | None = None,
     squared: bool = True,
     detach_maximum: bool = False,
+    group: torch.distributed.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Instance relationship graphs (IRG): vertices, edges, and how edges' ends move from layer to layer.
@@ -96,6 +115,8 @@ def instance_relation_graph_loss(
         transformations: pairs (from, to) of layers; default: each map (N, C, H, W) and the next one.
         squared: squared distances.
         detach_maximum: the greatest distance is a constant.
+        group: the ranks whose samples are one batch, of which the layers and logits hold this rank's; default: this
+            process's alone. Values and gradients: kdkernels/distributed/README.md.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
@@ -115,11 +136,18 @@ def instance_relation_graph_loss(
         ("vertex_weight", vertex_weight), ("edge_weight", edge_weight), ("transformation_weight", transformation_weight),
     ):  # fmt: skip
         checks.number(name, value)
-    student, teacher = _layers(student_features, teacher_features)
-    if (student_logits is None) != (teacher_logits is None):
-        raise ValueError("student_logits and teacher_logits go together: one of them is missing")
-    if student_logits is not None and teacher_logits is not None:
-        checks.scores("student_logits", student_logits, "teacher_logits", teacher_logits, -1)
+    with checks.refusing("instance_relation_graph_loss", group):
+        student, teacher = _layers(student_features, teacher_features)
+        if (student_logits is None) != (teacher_logits is None):
+            raise ValueError("student_logits and teacher_logits go together: one of them is missing")
+        if student_logits is not None and teacher_logits is not None:
+            checks.scores("student_logits", student_logits, "teacher_logits", teacher_logits, -1)
+            if group is not None:
+                checks.of_samples("student_logits", student_logits, student[0])
+    if group is not None:
+        student, teacher, student_logits, teacher_logits = _everybodys(
+            group, student, teacher, student_logits, teacher_logits
+        )
     if transformations is None:
         maps = [i for i, x in enumerate(student) if x.dim() == 4 == teacher[i].dim()]
         transformations = list(itertools.pairwise(maps))

@@ -111,6 +111,7 @@ def cross_image_relation_loss(
     temperature: Number = 0.1,
     pool: int | None = None,
     reduction: str = "mean",
+    group: torch.distributed.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Cross-image relational distillation (CIRKD) in a mini-batch: each pixel's similarities to the pixels of each image.
@@ -125,6 +126,8 @@ def cross_image_relation_loss(
         temperature: T > 0, a number or a tensor with one element. It gets no gradient.
         pool: average pooling over patches of this side first, a last one may be smaller.
         reduction: "mean" divides by N^2 H W, "sum" by nothing.
+        group: the ranks whose images are one batch, of which the maps are this rank's, as many as it has; default: this
+            process's alone. Values and gradients: kdkernels/distributed/README.md.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
@@ -142,7 +145,8 @@ def cross_image_relation_loss(
     checks.choice("reduction", reduction, ("mean", "sum"))
     if pool is not None and (not isinstance(pool, int) or isinstance(pool, bool) or pool < 1):
         raise ValueError(f"pool must be a positive integer or None, got {pool!r}")
-    _maps(student_features, teacher_features)
+    with checks.refusing("cross_image_relation_loss", group):
+        _maps(student_features, teacher_features)
     backend = backends.resolve("cross_image_relation_loss", (student_features, teacher_features), backend)
     if pool is not None:
         student_features, teacher_features = (
@@ -150,6 +154,11 @@ def cross_image_relation_loss(
             for x in (student_features, teacher_features)
         )
     s, t = (_pixels(x, False) for x in (student_features, teacher_features))
+    if group is not None:
+        from kdkernels.distributed.batch import meet
+
+        samples = meet("cross_image_relation_loss", group, student_features=s, teacher_features=t)
+        s, t = samples.gather(s), samples.gather(t)
     total = op.cross_image_relation(s, t, temperature=temperature, backend=backend)
     return total if reduction == "sum" else total / max(s.shape[0] ** 2 * s.shape[1], 1)
 

@@ -26,13 +26,19 @@ def _normalized(x: torch.Tensor) -> torch.Tensor:
     return (x / length).where(alive, 0.0)
 
 
-def _pairs(n: int, mask: torch.Tensor | None, labels: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    """A weight for every ordered pair, float32 or float64, or None for all 1."""
+def _pairs(
+    rows: int, n: int, mask: torch.Tensor | None, labels: torch.Tensor | None, others: torch.Tensor | None,
+    device: torch.device,
+) -> torch.Tensor | None:  # fmt: skip
+    """A weight for every ordered pair of a row and one of n samples, float32 or float64, or None for all 1.
+
+    `others` are the labels of the n samples, `labels` those of the rows.
+    """
     if mask is not None:
         if not isinstance(mask, torch.Tensor):
             raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
-        if tuple(mask.shape) != (n, n):
-            raise ValueError(f"mask must have one value a pair, shape ({n}, {n}); got {tuple(mask.shape)}")
+        if tuple(mask.shape) != (rows, n):
+            raise ValueError(f"mask must have one value a pair, shape ({rows}, {n}); got {tuple(mask.shape)}")
         if mask.device != device:
             raise ValueError(f"mask must be on {device} with the embeddings, got {mask.device}")
         if mask.requires_grad:
@@ -41,24 +47,30 @@ def _pairs(n: int, mask: torch.Tensor | None, labels: torch.Tensor | None, devic
     if labels is not None:
         if not isinstance(labels, torch.Tensor):
             raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
-        if tuple(labels.shape) != (n,):
-            raise ValueError(f"labels must have one class a sample, shape ({n},); got {tuple(labels.shape)}")
+        if tuple(labels.shape) != (rows,):
+            raise ValueError(f"labels must have one class a sample, shape ({rows},); got {tuple(labels.shape)}")
         if labels.device != device:
             raise ValueError(f"labels must be on {device} with the embeddings, got {labels.device}")
-        same = labels[:, None] == labels[None]
+        same = labels[:, None] == (labels if others is None else others)[None]
         mask = same.float() if mask is None else mask * same
     return mask
 
 
 class _Distances:
-    """Both models' squared distances, made once for all the terms that want them."""
+    """Both models' squared distances, made once for all the terms that want them: of all samples, or with `ring` this rank's
+    rows of them."""
 
     def __init__(
-        self, operation: str, student: torch.Tensor, teacher: torch.Tensor, normalize: bool, backend: str, split: bool
-    ):
-        self.student, self.teacher = checks.embeddings(student, teacher)
+        self, operation: str, student: torch.Tensor, teacher: torch.Tensor, normalize: bool, backend: str, split: bool,
+        group: torch.distributed.ProcessGroup | None, ring: bool = False, **pairs: torch.Tensor | None,
+    ):  # fmt: skip
+        checks.ring(ring, group)
+        self.student, self.teacher, self.samples = checks.batch(
+            operation, student, teacher, group, gather=not ring, **pairs
+        )
         self.backend = backends.resolve(operation, (self.student, self.teacher), backend)
-        self.n = self.student.shape[0]
+        self.rows = self.samples if ring else None
+        self.n = self.student.shape[0] if self.samples is None else self.samples.whole
         if normalize:
             self.student, self.teacher = _normalized(self.student), _normalized(self.teacher)
         if self.reference:
@@ -74,7 +86,11 @@ class _Distances:
     def pair(self) -> tuple:
         """(hi, lo) of both models; from the reference the squared distances and None."""
         if self._pair is None:
-            if self.reference:
+            if self.rows is not None:
+                from kdkernels.distributed.ring import squared_distances
+
+                self._pair = tuple((squared_distances(x, self.rows), None) for x in (self.student, self.teacher))
+            elif self.reference:
                 self._pair = tuple(
                     (pairwise_reference.squared_distances(x), None) for x in (self.student, self.teacher)
                 )
@@ -84,6 +100,25 @@ class _Distances:
                     for x in (self.student, self.teacher)
                 )
         return self._pair
+
+    def pairs(self, mask: torch.Tensor | None, labels: torch.Tensor | None) -> torch.Tensor | None:
+        """The weights of the pairs that pair() has."""
+        others = None
+        if self.samples is not None:
+            if labels is not None:
+                others = self.samples.gather(labels)
+                labels = others if self.rows is None else labels
+            if mask is not None and self.rows is None:
+                mask = self.samples.gather(mask)
+        return _pairs(self.student.shape[0], self.n, mask, labels, others, self.student.device)
+
+    def itself(self) -> torch.Tensor:
+        """Where pair() has a sample's distance from itself."""
+        if self.rows is not None:
+            from kdkernels.distributed.ring import others
+
+            return ~others(self.rows, self.student.device)
+        return torch.eye(self.n, dtype=torch.bool, device=self.student.device)
 
     def distance_term(
         self, mask: torch.Tensor | None, beta: float, eps: float, squared: bool, normalize: bool, reduction: str
@@ -96,6 +131,10 @@ class _Distances:
             "normalize": normalize,
             "reduction": reduction,
         }
+        if self.rows is not None:
+            from kdkernels.distributed.row_losses import distance_match
+
+            return distance_match(student, teacher, mask, self.rows, **options)
         if self.reference:
             return pairwise_reference.distance_match(student, teacher, mask, **options)
         mask = None if mask is None else mask.detach().float().contiguous()
@@ -119,6 +158,8 @@ def rkd_distance_loss(
     beta: float = 1.0,
     eps: float = EPS,
     reduction: str = "mean",
+    group: torch.distributed.ProcessGroup | None = None,
+    ring: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Distance-wise relational distillation: smooth-L1 between all pairwise distances of both models.
@@ -133,12 +174,17 @@ def rkd_distance_loss(
         squared: match squared distances.
         normalize: L2-normalise the embeddings first.
         mean_normalize: divide by the mean distance.
-        mask: a weight (or boolean) for every ordered pair, (N, N); it weighs the mean distance too.
-        labels: classes of the samples, (N,): only pairs of one class are kept, as with a mask.
+        mask: a weight (or boolean) for every ordered pair, (N, N); it weighs the mean distance too. With a group, rows of
+            this rank's samples and a column for everybody's.
+        labels: classes of the samples, (N,): only pairs of one class are kept, as with a mask. With a group, this rank's.
         beta: where smooth-L1 turns linear, a positive number.
         eps: the least squared distance of two different samples, below which they get no gradient.
         reduction: "mean" divides by N^2, "pairs" by the sum of the kept pairs' weights (the diagonal never counts),
             "sum" by nothing.
+        group: the ranks whose samples are one batch, this rank's being `student` and `teacher`, as many as it has; default:
+            this process's alone. Values and gradients: kdkernels/distributed/README.md.
+        ring: with a group, blocks of samples go from rank to rank and no rank has all of them: memory O(N_local N), each
+            rank computes its own rows, by torch's operations whatever the backend.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
@@ -156,8 +202,10 @@ def rkd_distance_loss(
     checks.plain_number("beta", beta, positive=True)
     checks.plain_number("eps", eps, positive=False)
     checks.choice("reduction", reduction, pairwise.REDUCTIONS)
-    distances = _Distances("rkd_distance_loss", student, teacher, normalize, backend, split=False)
-    mask = _pairs(distances.n, mask, labels, distances.student.device)
+    distances = _Distances(
+        "rkd_distance_loss", student, teacher, normalize, backend, False, group, ring, mask=mask, labels=labels
+    )
+    mask = distances.pairs(mask, labels)
     return distances.distance_term(mask, beta, eps, squared, mean_normalize, reduction)
 
 
@@ -168,6 +216,7 @@ def rkd_angle_loss(
     normalize: bool = False,
     beta: float = 1.0,
     reduction: str = "mean",
+    group: torch.distributed.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Angle-wise relational distillation: smooth-L1 between the cosines of the angles of all triplets.
@@ -182,6 +231,8 @@ def rkd_angle_loss(
         normalize: L2-normalise the embeddings first.
         beta: where smooth-L1 turns linear, a positive number.
         reduction: "mean" divides by N^3, "sum" by nothing.
+        group: the ranks whose samples are one batch, this rank's being `student` and `teacher`, as many as it has; default:
+            this process's alone. Values and gradients: kdkernels/distributed/README.md.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
@@ -199,7 +250,8 @@ def rkd_angle_loss(
     """
     checks.plain_number("beta", beta, positive=True)
     checks.choice("reduction", reduction, angles.REDUCTIONS)
-    return _Distances("rkd_angle_loss", student, teacher, normalize, backend, split=True).angle_term(beta, reduction)
+    distances = _Distances("rkd_angle_loss", student, teacher, normalize, backend, True, group)
+    return distances.angle_term(beta, reduction)
 
 
 def rkd_loss(
@@ -216,6 +268,7 @@ def rkd_loss(
     beta: float = 1.0,
     eps: float = EPS,
     reduction: str = "mean",
+    group: torch.distributed.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Relational distillation: rkd_distance_loss and rkd_angle_loss, from distances made once.
@@ -227,6 +280,8 @@ def rkd_loss(
         normalize: L2-normalise the embeddings first, for both terms.
         beta: where smooth-L1 turns linear, in both terms.
         reduction: "mean" divides by N^2 and N^3, "sum" by nothing.
+        group: the ranks whose samples are one batch, this rank's being `student` and `teacher`, as many as it has; default:
+            this process's alone. Values and gradients: kdkernels/distributed/README.md.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
@@ -243,8 +298,8 @@ def rkd_loss(
     checks.plain_number("beta", beta, positive=True)
     checks.plain_number("eps", eps, positive=False)
     checks.choice("reduction", reduction, angles.REDUCTIONS)
-    distances = _Distances("rkd_loss", student, teacher, normalize, backend, split=True)
-    mask = _pairs(distances.n, mask, labels, distances.student.device)
+    distances = _Distances("rkd_loss", student, teacher, normalize, backend, True, group, mask=mask, labels=labels)
+    mask = distances.pairs(mask, labels)
     distance = distances.distance_term(mask, beta, eps, squared, mean_normalize, reduction)
     return distance_weight * distance + angle_weight * distances.angle_term(beta, reduction)
 
@@ -259,6 +314,8 @@ def hard_dark_rank_loss(
     normalize: bool = False,
     eps: float = EPS,
     reduction: str = "mean",
+    group: torch.distributed.ProcessGroup | None = None,
+    ring: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Hard Dark Rank: the likelihood, under the student's distances, of the teacher's order of each sample's neighbours.
@@ -275,7 +332,11 @@ def hard_dark_rank_loss(
         k: how many neighbours are ranked; all others where there are fewer.
         normalize: L2-normalise the embeddings first.
         eps: the least squared distance of two different samples, below which they get no gradient.
-        reduction: "mean" over the samples, "sum", or "none" for one value a sample.
+        reduction: "mean" over the samples, "sum", or "none" for one value a sample (with a group, of this rank's).
+        group: the ranks whose samples are one batch, this rank's being `student` and `teacher`, as many as it has; default:
+            this process's alone. Values and gradients: kdkernels/distributed/README.md.
+        ring: with a group, blocks of samples go from rank to rank and no rank has all of them: memory O(N_local N), each
+            rank computes its own rows, by torch's operations whatever the backend.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
@@ -295,11 +356,12 @@ def hard_dark_rank_loss(
     checks.choice("reduction", reduction, ("mean", "sum", "none"))
     if not isinstance(k, int) or k < 1:
         raise ValueError(f"k must be a positive integer, got {k!r}")
-    distances = _Distances("hard_dark_rank_loss", student, teacher.detach(), normalize, backend, split=False)
-    n = distances.n
+    distances = _Distances("hard_dark_rank_loss", student, teacher.detach(), normalize, backend, False, group, ring)
+    n, samples = distances.n, distances.samples
     (d2, _), (by_teacher, _) = distances.pair()
-    itself = torch.eye(n, dtype=torch.bool, device=d2.device)
-    nearest = by_teacher.masked_fill(itself, torch.inf).topk(min(k, max(n - 1, 0)), dim=1, largest=False).indices
+    nearest = (
+        by_teacher.masked_fill(distances.itself(), torch.inf).topk(min(k, max(n - 1, 0)), dim=1, largest=False).indices
+    )
     chosen = d2.gather(1, nearest)
     apart = chosen > eps
     scores = -alpha * torch.where(apart, chosen.where(apart, 1.0) ** (beta / 2), eps ** (beta / 2))
@@ -307,8 +369,9 @@ def hard_dark_rank_loss(
     denominators = scores.flip(1).logcumsumexp(1)
     rows = denominators.sum(1) - scores.sum(1)
     if reduction == "none":
-        return rows
-    return rows.sum() if reduction == "sum" else rows.sum() / max(n, 1)
+        return rows if samples is None or ring else rows[samples.own]
+    total = samples.total(rows.sum()) if samples is not None and ring else rows.sum()
+    return total if reduction == "sum" else total / max(n, 1)
 
 
 class RKDDistanceLoss(LossModule):

@@ -15,15 +15,27 @@ from kdkernels.ops.gram_match.op import gram_match
 REDUCTIONS = ("mean", "sum")
 
 
-def _scale(n: int, reduction: str) -> float:
-    checks.choice("reduction", reduction, REDUCTIONS)
-    return 1.0 / max(n * n, 1) if reduction == "mean" else 1.0
+class _Batch:
+    """Both models' samples, (N, D): this process's, or those of all ranks of a group."""
 
+    def __init__(
+        self, operation: str, student: torch.Tensor, teacher: torch.Tensor, reduction: str, backend: str,
+        group: torch.distributed.ProcessGroup | None, ring: bool,
+    ):  # fmt: skip
+        checks.choice("reduction", reduction, REDUCTIONS)
+        checks.ring(ring, group)
+        self.student, self.teacher, self.samples = checks.batch(operation, student, teacher, group, gather=not ring)
+        self.n = self.student.shape[0] if self.samples is None else self.samples.whole
+        self.scale = 1.0 / max(self.n**2, 1) if reduction == "mean" else 1.0
+        self.rows = self.samples if ring else None
+        self.backend = backends.resolve(operation, (self.student, self.teacher), backend)
 
-def _match(operation: str, student: torch.Tensor, teacher: torch.Tensor, backend: str, **options: Any) -> torch.Tensor:
-    """The match of two batches of samples, (N, D)."""
-    backend = backends.resolve(operation, (student, teacher), backend)
-    return gram_match(student.unsqueeze(0), teacher.unsqueeze(0), **options, backend=backend)
+    def match(self, **options: Any) -> torch.Tensor:
+        if self.rows is not None:
+            from kdkernels.distributed.row_losses import gram_match as of_rows
+
+            return of_rows(self.student, self.teacher, self.rows, **options)
+        return gram_match(self.student.unsqueeze(0), self.teacher.unsqueeze(0), **options, backend=self.backend)
 
 
 def similarity_preserving_loss(
@@ -33,6 +45,8 @@ def similarity_preserving_loss(
     norm: str = "l2",
     eps: float = 1e-12,
     reduction: str = "mean",
+    group: torch.distributed.ProcessGroup | None = None,
+    ring: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Similarity-preserving distillation: squared differences of the models' row-normalised Gram matrices.
@@ -46,6 +60,10 @@ def similarity_preserving_loss(
         norm: the length of a row, "l2" or "l1".
         eps: the least length.
         reduction: "mean" divides by N^2, "sum" by nothing.
+        group: the ranks whose samples are one batch, this rank's being `student` and `teacher`, as many as it has; default:
+            this process's alone. Values and gradients: kdkernels/distributed/README.md.
+        ring: with a group, blocks of samples go from rank to rank and no rank has all of them: memory O(N_local N), each
+            rank computes its own rows, by torch's operations whatever the backend.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
@@ -62,11 +80,8 @@ def similarity_preserving_loss(
     """
     checks.choice("norm", norm, ("l2", "l1"))
     checks.plain_number("eps", eps, positive=True)
-    student, teacher = checks.embeddings(student, teacher)
-    return _match(
-        "similarity_preserving_loss", student, teacher, backend, kind=Kind.ROWS if norm == "l2" else Kind.ROWS_L1,
-        scale=_scale(student.shape[0], reduction), eps=eps,
-    )  # fmt: skip
+    batch = _Batch("similarity_preserving_loss", student, teacher, reduction, backend, group, ring)
+    return batch.match(kind=Kind.ROWS if norm == "l2" else Kind.ROWS_L1, scale=batch.scale, eps=eps)
 
 
 def cosine_similarity_matrix_loss(
@@ -75,6 +90,8 @@ def cosine_similarity_matrix_loss(
     *,
     eps: float = 1e-12,
     reduction: str = "mean",
+    group: torch.distributed.ProcessGroup | None = None,
+    ring: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Squared differences between the matrices of cosines of all pairs of samples.
@@ -86,6 +103,10 @@ def cosine_similarity_matrix_loss(
         teacher: the same N on the same device; dtype and features may differ. Gets a gradient if it requires one.
         eps: the least length of a sample. One of zeros has cosine 0 with all and gets no gradient.
         reduction: "mean" divides by N^2, "sum" by nothing.
+        group: the ranks whose samples are one batch, this rank's being `student` and `teacher`, as many as it has; default:
+            this process's alone. Values and gradients: kdkernels/distributed/README.md.
+        ring: with a group, blocks of samples go from rank to rank and no rank has all of them: memory O(N_local N), each
+            rank computes its own rows, by torch's operations whatever the backend.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
@@ -98,11 +119,8 @@ def cosine_similarity_matrix_loss(
         BackendError: the backend asked for cannot run here.
     """
     checks.plain_number("eps", eps, positive=True)
-    student, teacher = checks.embeddings(student, teacher)
-    return _match(
-        "cosine_similarity_matrix_loss", student, teacher, backend, kind=Kind.LINEAR, normalize=Normalize.CLAMPED,
-        scale=_scale(student.shape[0], reduction), eps=eps,
-    )  # fmt: skip
+    batch = _Batch("cosine_similarity_matrix_loss", student, teacher, reduction, backend, group, ring)
+    return batch.match(kind=Kind.LINEAR, normalize=Normalize.CLAMPED, scale=batch.scale, eps=eps)
 
 
 def correlation_congruence_loss(
@@ -116,6 +134,8 @@ def correlation_congruence_loss(
     distance: str = "squared",
     eps: float = 1e-12,
     reduction: str = "mean",
+    group: torch.distributed.ProcessGroup | None = None,
+    ring: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Correlation congruence: what a kernel makes of all pairs of samples, the same for both models.
@@ -142,6 +162,10 @@ def correlation_congruence_loss(
         distance: "squared", or "frobenius" for the root of the sum, without a square.
         eps: the least length of a sample.
         reduction: "mean" divides by N^2 ("neighbours": N - 1), "sum" by nothing.
+        group: the ranks whose samples are one batch, this rank's being `student` and `teacher`, as many as it has; default:
+            this process's alone. Values and gradients: kdkernels/distributed/README.md.
+        ring: with a group, blocks of samples go from rank to rank and no rank has all of them: memory O(N_local N), each
+            rank computes its own rows, by torch's operations whatever the backend.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
@@ -163,12 +187,13 @@ def correlation_congruence_loss(
     checks.plain_number("eps", eps, positive=True)
     if not isinstance(order, int) or order < 0:
         raise ValueError(f"order must be a non-negative integer, got {order!r}")
-    student, teacher = checks.embeddings(student, teacher)
-    scale = _scale(student.shape[0], reduction)
+    if ring and kernel == "neighbours":
+        raise ValueError("kernel='neighbours' has no rows for ring=True: leave ring out")
+    batch = _Batch("correlation_congruence_loss", student, teacher, reduction, backend, group, ring)
     if kernel == "neighbours":
-        return _neighbours(student, teacher, reduction)
+        return _neighbours(batch.student, batch.teacher, reduction)
     if kernel == "correlation":
-        student, teacher, normalize = _centred(student), _centred(teacher), True
+        batch.student, batch.teacher, normalize = _centred(batch.student), _centred(batch.teacher), True
     options: dict[str, Any] = {
         "kind": Kind.SERIES if kernel == "gaussian" else Kind.LINEAR,
         "normalize": Normalize.CLAMPED if normalize else Normalize.NONE,
@@ -177,10 +202,10 @@ def correlation_congruence_loss(
         "eps": eps,
     }
     if distance == "squared":
-        return _match("correlation_congruence_loss", student, teacher, backend, **options, scale=scale)
-    square = _match("correlation_congruence_loss", student, teacher, backend, **options)
+        return batch.match(**options, scale=batch.scale)
+    square = batch.match(**options)
     apart = square > 0
-    return scale * square.where(apart, 1.0).sqrt().where(apart, 0.0)
+    return batch.scale * square.where(apart, 1.0).sqrt().where(apart, 0.0)
 
 
 def _centred(x: torch.Tensor) -> torch.Tensor:
@@ -206,6 +231,8 @@ def pkt_loss(
     *,
     eps: float = 1e-7,
     reduction: str = "mean",
+    group: torch.distributed.ProcessGroup | None = None,
+    ring: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Probabilistic knowledge transfer: KL between the models' distributions over each sample's neighbours.
@@ -218,6 +245,10 @@ def pkt_loss(
         teacher: the same N on the same device; dtype and features may differ. Gets a gradient if it requires one.
         eps: added to lengths and probabilities.
         reduction: "mean" divides by N^2, "sum" by nothing.
+        group: the ranks whose samples are one batch, this rank's being `student` and `teacher`, as many as it has; default:
+            this process's alone. Values and gradients: kdkernels/distributed/README.md.
+        ring: with a group, blocks of samples go from rank to rank and no rank has all of them: memory O(N_local N), each
+            rank computes its own rows, by torch's operations whatever the backend.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
@@ -234,11 +265,8 @@ def pkt_loss(
     it by 30000); Knowledge-Distillation-Zoo passes eps=1e-6.
     """
     checks.plain_number("eps", eps, positive=True)
-    student, teacher = checks.embeddings(student, teacher)
-    return _match(
-        "pkt_loss", student, teacher, backend, kind=Kind.PROBABILITIES, normalize=Normalize.SHIFTED,
-        scale=_scale(student.shape[0], reduction), eps=eps,
-    )  # fmt: skip
+    batch = _Batch("pkt_loss", student, teacher, reduction, backend, group, ring)
+    return batch.match(kind=Kind.PROBABILITIES, normalize=Normalize.SHIFTED, scale=batch.scale, eps=eps)
 
 
 class SimilarityPreservingLoss(LossModule):

@@ -63,6 +63,20 @@ def gram_match(
         return scale * (weight[:, None] * weight * squares).sum()
     g = factors[0] * (s @ (s if student_other is None else student_other.to(dtype)).mT)
     h = factors[1] * (t @ (t if teacher_other is None else teacher_other.to(dtype)).mT)
+    return match(g, h, kind=kind, order=order, scale=scale, eps=eps, gamma=gamma)
+
+
+def match(
+    g: torch.Tensor,
+    h: torch.Tensor,
+    *,
+    kind: Kind,
+    order: int = 0,
+    scale: float = 1.0,
+    eps: float = 1e-12,
+    gamma: float = 0.4,
+) -> torch.Tensor:
+    """What is compared of two Gram matrices, or of rows of them."""
     if kind == Kind.PROBABILITIES:
         p, q = (0.5 * g + 0.5, 0.5 * h + 0.5)
         p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
