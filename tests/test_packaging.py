@@ -218,6 +218,18 @@ def test_documents_agree_with_the_tree():
     assert f"## {kdkernels.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_wheels_have_the_toolkit_of_the_other_checks():
+    workflow = ROOT / ".github/workflows/wheels.yml"
+    if not workflow.exists():
+        pytest.skip("workflows are not part of the source distribution; run this in a checkout")
+    pinned = dict(re.findall(r"(nvidia-[a-z-]+)==([\d.]+)", workflow.read_text()))
+    here = (ROOT / ".ci/run").read_text()
+    nvcc = re.search(r"nvidia-cuda-\{(.*)\}==([\d.]+) nvidia-nvvm==([\d.]+) nvidia-cuda-cccl==([\d.]+)", here)
+    assert nvcc is not None
+    expected = {f"nvidia-cuda-{part}": nvcc[2] for part in nvcc[1].split(",")}
+    assert pinned == {**expected, "nvidia-nvvm": nvcc[3], "nvidia-cuda-cccl": nvcc[4]}
+
+
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The source distribution, made from a copy so that nothing is written into the working tree."""
