@@ -91,6 +91,7 @@ from kdkernels.losses.linear import (
     linear_kl_div,
     linear_reverse_kl_div,
 )
+from kdkernels.losses.linear_sparse import LinearTopKDivLoss, linear_topk_div
 from kdkernels.losses.logits import DistillationLoss, KLDivLoss, distillation_loss, kl_div
 from kdkernels.losses.mutual import MutualKLDivLoss, mutual_kl_div
 from kdkernels.losses.pixels import (
@@ -184,6 +185,7 @@ __all__ = [
     "LinearKLDivLoss",
     "LinearReverseKLDivLoss",
     "LinearSequenceLoss",
+    "LinearTopKDivLoss",
     "LocalStructureLoss",
     "LwFLoss",
     "MarginMSELoss",
@@ -247,6 +249,7 @@ __all__ = [
     "linear_kl_div",
     "linear_reverse_kl_div",
     "linear_sequence_loss",
+    "linear_topk_div",
     "local_structure_loss",
     "lwf_loss",
     "margin_mse_loss",

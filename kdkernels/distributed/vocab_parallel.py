@@ -18,7 +18,7 @@ import torch.distributed as dist
 from kdkernels import backends
 from kdkernels.losses import checks
 from kdkernels.losses.logits import _soft_term
-from kdkernels.ops.linear_divergence.op import Head, _Side, chunk_rows
+from kdkernels.ops.linear_divergence.heads import Head, Side, chunk_rows
 from kdkernels.ops.row_divergence import reference
 from kdkernels.ops.row_divergence.kinds import Inputs, Kind
 from kdkernels.ops.row_divergence.op import forward_op
@@ -45,7 +45,7 @@ class _Job:
 
 
 class _Scores:
-    """Logits that exist already, as linear_divergence's _Side has those of a head."""
+    """Logits that exist already, as linear_divergence's Side has those of a head."""
 
     def __init__(self, x: torch.Tensor, want: bool):
         self.x, self.classes, self.any = x, x.shape[1], want
@@ -243,7 +243,7 @@ def _of_heads(tensors: Any, wants: list[bool], of_heads: tuple[Any, ...] = (None
     sides = []
     for i in (0, 4):
         scale, cap = of_heads[i // 2 : i // 2 + 2]
-        side = _Side(Head(*tensors[i : i + 4], scale, cap), wants[i : i + 4])
+        side = Side(Head(*tensors[i : i + 4], scale, cap), wants[i : i + 4])
         if side.d_hidden is not None:
             side.d_hidden = torch.empty(tensors[i].shape, dtype=torch.float32, device=tensors[i].device)
         sides.append(_Wide(side))
@@ -251,9 +251,9 @@ def _of_heads(tensors: Any, wants: list[bool], of_heads: tuple[Any, ...] = (None
 
 
 class _Wide:
-    """A _Side whose hidden states' gradients stay float32 until all shards' are added."""
+    """A Side whose hidden states' gradients stay float32 until all shards' are added."""
 
-    def __init__(self, side: _Side):
+    def __init__(self, side: Side):
         self.side, self.any = side, side.any
         self.scores, self.accumulate = side.scores, side.accumulate
 
@@ -292,7 +292,7 @@ def _finish(
     checks.number("temperature", temperature, low=0, open_low=True)
     checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True)
     checks.number("alpha", alpha, low=0, high=1)
-    checks.number("num_items", num_items, low=0, open_low=True)
+    checks.items(num_items)
     checks.choice("reduction", reduction, ("rowmean", "batchmean", "sum", "none"))
     if classes == 0:
         raise ValueError("this rank's shard of the vocabulary is empty: give every rank at least one class")

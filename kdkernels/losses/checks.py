@@ -89,6 +89,11 @@ def number(name: str, value: Number | None, *, low: float = -math.inf, high: flo
         raise ValueError(f"{name} must be {'finite' if low == -math.inf else bounds}, got {x:g}")
 
 
+def items(num_items: Number | None) -> None:
+    """A divisor: positive, or a tensor, which is 0 where no rank has any token."""
+    number("num_items", num_items, low=0, open_low=not isinstance(num_items, torch.Tensor))
+
+
 def choice(name: str, value: str, options: tuple[str, ...]) -> None:
     if value not in options:
         raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(map(repr, options))}")

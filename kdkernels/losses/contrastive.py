@@ -17,7 +17,8 @@ from kdkernels.losses import checks
 from kdkernels.losses.linear import _check_chunk
 from kdkernels.losses.module import LossModule
 from kdkernels.losses.relational import _normalized
-from kdkernels.ops.linear_divergence.op import Head, linear_divergence
+from kdkernels.ops.linear_divergence.heads import Head
+from kdkernels.ops.linear_divergence.op import linear_divergence
 from kdkernels.ops.row_divergence.kinds import Kind
 from kdkernels.ops.scalars import Number
 

@@ -8,17 +8,21 @@ head adds is described at `linear_kl_div`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec
 
 import torch
 
 from kdkernels.losses import checks
 from kdkernels.losses.logits import _soft_term
 from kdkernels.losses.module import LossModule
-from kdkernels.ops.linear_divergence.op import FLOAT, Head, buffers, linear_divergence
+from kdkernels.ops.linear_divergence.heads import FLOAT, Head
+from kdkernels.ops.linear_divergence.op import buffers, linear_divergence
 from kdkernels.ops.row_divergence.kinds import Kind
 from kdkernels.ops.scalars import Number
+
+P = ParamSpec("P")
 
 
 def _head(
@@ -60,12 +64,15 @@ def _head(
 
 def _check_chunk(chunk_bytes: int | None, student: Head, teacher: Head | None, kind: Kind) -> None:
     """The budget holds at least one row."""
-    if chunk_bytes is None:
-        return
     sides = (student[:4], (None,) * 4 if teacher is None else teacher[:4])
     wants = [x is not None and x.requires_grad for side in sides for x in side]
     classes = student.weight.shape[0] + (student.own is not None)
-    least = FLOAT * classes * buffers(wants, kind)
+    _check_budget(chunk_bytes, FLOAT * classes * buffers(wants, kind))
+
+
+def _check_budget(chunk_bytes: int | None, least: int) -> None:
+    if chunk_bytes is None:
+        return
     if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int) or chunk_bytes < least:
         raise ValueError(f"chunk_bytes must be at least {least}, the logits of one row here, got {chunk_bytes}")
 
@@ -78,21 +85,21 @@ def _call(
     teacher_hidden: torch.Tensor,
     teacher_weight: torch.Tensor,
     *,
-    student_bias: torch.Tensor | None,
-    teacher_bias: torch.Tensor | None,
-    student_logit_scale: Number | None,
-    teacher_logit_scale: Number | None,
-    student_softcap: Number | None,
-    teacher_softcap: Number | None,
-    vocab_size: int | None,
-    temperature: Number,
-    teacher_temperature: Number | None,
-    reduction: str,
-    weight: torch.Tensor | None,
-    labels: torch.Tensor | None,
-    ignore_index: int,
-    num_items: Number | None,
-    chunk_bytes: int | None,
+    student_bias: torch.Tensor | None = None,
+    teacher_bias: torch.Tensor | None = None,
+    student_logit_scale: Number | None = None,
+    teacher_logit_scale: Number | None = None,
+    student_softcap: Number | None = None,
+    teacher_softcap: Number | None = None,
+    vocab_size: int | None = None,
+    temperature: Number = 1.0,
+    teacher_temperature: Number | None = None,
+    reduction: str = "rowmean",
+    weight: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    num_items: Number | None = None,
+    chunk_bytes: int | None = None,
     class_weight: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor:
@@ -116,7 +123,7 @@ def _call(
         )
     checks.number("temperature", temperature, low=0, open_low=True)
     checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True)
-    checks.number("num_items", num_items, low=0, open_low=True)
+    checks.items(num_items)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     weight = checks.per_row("weight", weight, rows, device)
     labels = checks.labels_of(labels, rows, classes, ignore_index, device)
@@ -127,6 +134,18 @@ def _call(
         reduction=reduction, weight=weight, labels=labels, class_weight=class_weight, ignore_index=ignore_index,
         num_items=num_items, chunk_bytes=chunk_bytes or 0, operation=operation, **options,
     )  # fmt: skip
+
+
+def _arguments_of(
+    other: Callable[P, torch.Tensor],
+) -> Callable[[Callable[..., torch.Tensor]], Callable[P, torch.Tensor]]:
+    """For a loss that hands its arguments on: it has those of `other`, for help() and type checkers."""
+
+    def with_signature(loss: Callable[..., torch.Tensor]) -> Callable[P, torch.Tensor]:
+        loss.__signature__ = inspect.signature(other)  # type: ignore[attr-defined]
+        return loss
+
+    return with_signature
 
 
 def linear_kl_div(
@@ -203,82 +222,22 @@ def linear_kl_div(
     )  # fmt: skip
 
 
-def linear_reverse_kl_div(
-    student_hidden: torch.Tensor,
-    student_weight: torch.Tensor,
-    teacher_hidden: torch.Tensor,
-    teacher_weight: torch.Tensor,
-    *,
-    student_bias: torch.Tensor | None = None,
-    teacher_bias: torch.Tensor | None = None,
-    student_logit_scale: Number | None = None,
-    teacher_logit_scale: Number | None = None,
-    student_softcap: Number | None = None,
-    teacher_softcap: Number | None = None,
-    vocab_size: int | None = None,
-    temperature: Number = 1.0,
-    teacher_temperature: Number | None = None,
-    scale_by_t2: bool = True,
-    reduction: str = "rowmean",
-    weight: torch.Tensor | None = None,
-    labels: torch.Tensor | None = None,
-    ignore_index: int = -100,
-    num_items: Number | None = None,
-    compact: bool = False,
-    chunk_bytes: int | None = None,
-    backend: str = "auto",
-) -> torch.Tensor:
+@_arguments_of(linear_kl_div)
+def linear_reverse_kl_div(*args: Any, **options: Any) -> torch.Tensor:
     """reverse_kl_div from hidden states and heads: T^2 KL(p_s, p_t).
 
     The arguments, the result and the errors are linear_kl_div's.
     """
-    return _call(
-        "linear_reverse_kl_div", Kind.REVERSE_KL, student_hidden, student_weight, teacher_hidden, teacher_weight,
-        student_bias=student_bias, teacher_bias=teacher_bias, student_logit_scale=student_logit_scale,
-        teacher_logit_scale=teacher_logit_scale, student_softcap=student_softcap, teacher_softcap=teacher_softcap,
-        vocab_size=vocab_size, temperature=temperature, teacher_temperature=teacher_temperature,
-        scale_by_t2=scale_by_t2, reduction=reduction, weight=weight, labels=labels, ignore_index=ignore_index,
-        num_items=num_items, compact=compact, chunk_bytes=chunk_bytes, backend=backend,
-    )  # fmt: skip
+    return _call("linear_reverse_kl_div", Kind.REVERSE_KL, *args, **options)
 
 
-def linear_js_div(
-    student_hidden: torch.Tensor,
-    student_weight: torch.Tensor,
-    teacher_hidden: torch.Tensor,
-    teacher_weight: torch.Tensor,
-    *,
-    student_bias: torch.Tensor | None = None,
-    teacher_bias: torch.Tensor | None = None,
-    student_logit_scale: Number | None = None,
-    teacher_logit_scale: Number | None = None,
-    student_softcap: Number | None = None,
-    teacher_softcap: Number | None = None,
-    vocab_size: int | None = None,
-    temperature: Number = 1.0,
-    teacher_temperature: Number | None = None,
-    scale_by_t2: bool = True,
-    reduction: str = "rowmean",
-    weight: torch.Tensor | None = None,
-    labels: torch.Tensor | None = None,
-    ignore_index: int = -100,
-    num_items: Number | None = None,
-    compact: bool = False,
-    chunk_bytes: int | None = None,
-    backend: str = "auto",
-) -> torch.Tensor:
+@_arguments_of(linear_kl_div)
+def linear_js_div(*args: Any, **options: Any) -> torch.Tensor:
     """js_div from hidden states and heads: T^2 (0.5 KL(p_t, m) + 0.5 KL(p_s, m)), m = (p_t + p_s) / 2.
 
     The arguments, the result and the errors are linear_kl_div's.
     """
-    return _call(
-        "linear_js_div", Kind.JSD, student_hidden, student_weight, teacher_hidden, teacher_weight,
-        student_bias=student_bias, teacher_bias=teacher_bias, student_logit_scale=student_logit_scale,
-        teacher_logit_scale=teacher_logit_scale, student_softcap=student_softcap, teacher_softcap=teacher_softcap,
-        vocab_size=vocab_size, temperature=temperature, teacher_temperature=teacher_temperature,
-        scale_by_t2=scale_by_t2, reduction=reduction, weight=weight, labels=labels, ignore_index=ignore_index,
-        num_items=num_items, compact=compact, chunk_bytes=chunk_bytes, p0=0.5, backend=backend,
-    )  # fmt: skip
+    return _call("linear_js_div", Kind.JSD, *args, p0=0.5, **options)
 
 
 def linear_generalized_js_div(

@@ -66,7 +66,7 @@ def _call(
     dim = checks.scores(f"student_{what}", student, f"teacher_{what}", teacher, dim)
     checks.number("temperature", temperature, low=0, open_low=True, learnable=True)
     checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, learnable=True)
-    checks.number("num_items", num_items, low=0, open_low=True)
+    checks.items(num_items)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     if labels is not None or weight is not None or class_weight is not None:
         rows, classes = tuple(student.shape[:dim] + student.shape[dim + 1 :]), student.shape[dim]

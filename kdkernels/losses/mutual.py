@@ -108,7 +108,7 @@ def mutual_kl_div(
     """
     logits, one, dim = _peers(logits, dim)
     checks.number("temperature", temperature, low=0, open_low=True)
-    checks.number("num_items", num_items, low=0, open_low=True)
+    checks.items(num_items)
     checks.choice("pairs", pairs, PAIRS)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     learners = logits.shape[0] if isinstance(logits, torch.Tensor) else len(logits)

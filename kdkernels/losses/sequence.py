@@ -74,7 +74,7 @@ def sequence_loss(
         raise ValueError(f"student_logits must be (B, T, V), got shape {tuple(student_logits.shape)}")
     checks.choice("reduction", reduction, ("rowmean", "batchmean", "sum", "none"))
     checks.number("label_smoothing", label_smoothing, low=0, high=1)
-    checks.number("num_items", num_items, low=0, open_low=True)
+    checks.items(num_items)
     labels, weight = _targets(
         tokens, tuple(student_logits.shape[:-1]), completion_mask, sequence_weight, shift, ignore_index,
         student_logits.shape[-1], student_logits.device,
@@ -118,7 +118,7 @@ def linear_sequence_loss(
                     vocab_size, device)  # fmt: skip
     checks.choice("reduction", reduction, ("rowmean", "batchmean", "sum", "none"))
     checks.number("label_smoothing", label_smoothing, low=0, high=1)
-    checks.number("num_items", num_items, low=0, open_low=True)
+    checks.items(num_items)
     _check_chunk(chunk_bytes, student, None, Kind.FORWARD_KL)
     labels, weight = _targets(
         tokens, tuple(student_hidden.shape[:-1]), completion_mask, sequence_weight, shift, ignore_index,

@@ -11,7 +11,8 @@ from kdkernels.losses import checks
 from kdkernels.losses.module import LossModule
 from kdkernels.ops.row_divergence.kinds import Kind
 from kdkernels.ops.row_divergence.reference import divergence as divergence_of
-from kdkernels.ops.row_gather.op import NOTHING, REST, REST_AND_TOTAL, row_gather
+from kdkernels.ops.row_gather.op import row_gather
+from kdkernels.ops.row_gather.support import Treatment
 from kdkernels.ops.scalars import Number
 from kdkernels.ops.sorted_match.op import sorted_match
 
@@ -99,16 +100,18 @@ def topk_div(
     "renormalize_both", with its tail option "tail"; verl's is "none", its clamp `min_log_prob`. These have no T^2
     (`scale_by_t2=False`).
     """
-    checks.choice("missing", missing, MISSING)
-    checks.choice("divergence", divergence, tuple(DIVERGENCES))
-    checks.choice("teacher_values_are", teacher_values_are, TEACHER_VALUES)
+    treatment = _treatment(missing, divergence, teacher_values_are, min_log_prob, teacher_temperature)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     checks.number("temperature", temperature, low=0, open_low=True, learnable=True)
     checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, learnable=True)
-    checks.number("num_items", num_items, low=0, open_low=True)
-    _exclusions(missing, divergence, teacher_values_are, min_log_prob, teacher_temperature)
-    indices = _sparse(student_logits, teacher_values, teacher_indices, dim)
+    checks.items(num_items)
+    checks.float_tensor("student_logits", student_logits)
+    if student_logits.dim() == 0 or student_logits.shape[-1] == 0:
+        raise ValueError(f"student_logits must have at least one class, got shape {tuple(student_logits.shape)}")
+    if dim not in (-1, student_logits.dim() - 1):
+        raise ValueError(f"dim must be the last axis (-1) for a sparse teacher, got {dim}")
     rows, classes, device = tuple(student_logits.shape[:-1]), student_logits.shape[-1], student_logits.device
+    indices = _sparse("student_logits", student_logits, classes, teacher_values, teacher_indices)
     weight = checks.per_row("weight", weight, rows, device)
     labels = checks.labels_of(labels, rows, classes, ignore_index, device)
     backend = backends.resolve("topk_div", (student_logits, teacher_values), backend)
@@ -117,31 +120,19 @@ def topk_div(
     student = student_logits.double() if dtype == torch.float64 else student_logits
     # What follows the kernels is small: in float64 nothing is lost there.
     small = dtype if backend == "reference" else torch.float64
-    w = None if weight is None else weight.to(small)
-    if labels is not None:
-        w = (labels != ignore_index).to(small) if w is None else w.masked_fill(labels == ignore_index, 0.0)
+    w, bad_label = _weights(weight, labels, ignore_index, classes, small)
     live = None if w is None else w != 0
-    bad_label = None if labels is None else (w != 0) & ((labels < 0) | (labels >= classes))
-
-    # The kernels walk a row's classes and its indices side by side; the order of the k says nothing.
-    indices, order = indices.sort(dim=-1, stable=True)
-    values = teacher_values.gather(-1, order).to(small)
-    valid = indices != -1
-    outside = NOTHING
-    if missing == "tail" or (missing == "renormalize" and divergence == "js"):
-        outside = REST
-    elif missing == "uniform":
-        outside = REST_AND_TOTAL
-    a, rest, total = row_gather(student, indices, temperature=temperature, live=live, outside=outside, backend=backend)
-    a = a.to(small)
-    rest, total = (None if x is None else x.to(small) for x in (rest, total))
-    kept = valid if live is None else valid & live.unsqueeze(-1)
-    values = values.where(kept, 0.0)
-    if teacher_values_are == "logits":
-        values = values / (temperature if teacher_temperature is None else teacher_temperature)
-    b = values.masked_fill(~valid, -math.inf)
-    nothing = torch.finfo(dtype).eps
-    losses = _losses(a, b, rest, total, indices, classes, missing, DIVERGENCES[divergence], min_log_prob, nothing)
+    t_t = temperature if teacher_temperature is None else teacher_temperature
+    indices, b = _teacher(treatment, teacher_values, indices, live, teacher_values_are, t_t, classes, small, dtype)
+    a, rest, total = (
+        None if x is None else x.to(small)
+        for x in row_gather(
+            student, indices, temperature=temperature, live=live, outside=treatment.outside, backend=backend
+        )
+    )
+    assert a is not None
+    a = treatment.student(a, rest, total, indices, classes)
+    losses = divergence_of(treatment.kind, a, b, 0.5, 0.0)
     if w is not None and live is not None:
         losses = (w * losses).where(live, 0.0)
     if bad_label is not None:
@@ -151,9 +142,13 @@ def topk_div(
     return _reduce(losses, w, reduction, student_logits, num_items).to(dtype)
 
 
-def _exclusions(
+def _treatment(
     missing: str, divergence: str, values_are: str, min_log_prob: float | None, teacher_temperature: Number | None
-) -> None:
+) -> Treatment:
+    """The options that say what the loss is, checked, also against one another."""
+    checks.choice("missing", missing, MISSING)
+    checks.choice("divergence", divergence, tuple(DIVERGENCES))
+    checks.choice("teacher_values_are", values_are, TEACHER_VALUES)
     if missing == "renormalize" and divergence == "reverse_kl":
         raise ValueError(
             "reverse_kl is infinite where the teacher has no mass, which missing='renormalize' says of all classes but k; "
@@ -171,11 +166,13 @@ def _exclusions(
         if missing != "none":
             raise ValueError(f"min_log_prob goes with missing='none' only, got missing={missing!r}")
         checks.number("min_log_prob", min_log_prob, high=0)
+    return Treatment(missing, DIVERGENCES[divergence], min_log_prob)
 
 
-def _sparse(student: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, dim: int) -> torch.Tensor:
-    """Validates the three tensors; returns the indices as int64."""
-    checks.float_tensor("student_logits", student)
+def _sparse(
+    name: str, student: torch.Tensor, classes: int, values: torch.Tensor, indices: torch.Tensor
+) -> torch.Tensor:
+    """Validates a teacher of the student's rows, which `name` has; returns the indices as int64."""
     checks.float_tensor("teacher_values", values)
     if not isinstance(indices, torch.Tensor):
         raise TypeError(f"teacher_indices must be a tensor, got {type(indices).__name__}")
@@ -183,10 +180,6 @@ def _sparse(student: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, 
         raise TypeError(
             f"teacher_indices must hold class indices (int64), got {str(indices.dtype).removeprefix('torch.')}"
         )
-    if student.dim() == 0 or student.shape[-1] == 0:
-        raise ValueError(f"student_logits must have at least one class, got shape {tuple(student.shape)}")
-    if dim not in (-1, student.dim() - 1):
-        raise ValueError(f"dim must be the last axis (-1) for a sparse teacher, got {dim}")
     if indices.shape != values.shape:
         raise ValueError(
             f"teacher_values and teacher_indices must have the same shape: {tuple(values.shape)} and {tuple(indices.shape)}"
@@ -194,16 +187,16 @@ def _sparse(student: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, 
     if values.dim() != student.dim() or values.shape[:-1] != student.shape[:-1]:
         raise ValueError(
             "student and teacher must have the same rows: "
-            f"student_logits has shape {tuple(student.shape)} and teacher_values {tuple(values.shape)}"
+            f"{name} has shape {tuple(student.shape)} and teacher_values {tuple(values.shape)}"
         )
-    k, classes = values.shape[-1], student.shape[-1]
+    k = values.shape[-1]
     if not 1 <= k <= classes:
         raise ValueError(
             f"teacher_values must have between 1 and {classes} entries a row (the student's classes), got {k}"
         )
-    for name, x in (("teacher_values", values), ("teacher_indices", indices)):
+    for what, x in (("teacher_values", values), ("teacher_indices", indices)):
         if x.device != student.device:
-            raise ValueError(f"{name} must be on {student.device} with student_logits, got {x.device}")
+            raise ValueError(f"{what} must be on {student.device} with {name}, got {x.device}")
     indices = indices.long()
     if indices.numel() and checks._may_read(indices):
         low, high = (int(v) for v in indices.aminmax())
@@ -212,58 +205,38 @@ def _sparse(student: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, 
     return indices
 
 
-def _log_normalise(x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """x less its log-sum-exp over the last axis; rows without any valid entry stay as they are."""
-    none = ~valid.any(-1, keepdim=True)
-    return x - x.masked_fill(none, 0.0).logsumexp(-1, keepdim=True).masked_fill(none, 0.0)
+def _weights(
+    weight: torch.Tensor | None, labels: torch.Tensor | None, ignore_index: int, classes: int, dtype: torch.dtype
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(the rows' weights, None if all are 1; the rows whose label is no class)."""
+    w = None if weight is None else weight.detach().to(dtype)
+    if labels is None:
+        return w, None
+    w = (labels != ignore_index).to(dtype) if w is None else w.masked_fill(labels == ignore_index, 0.0)
+    return w, (w != 0) & ((labels < 0) | (labels >= classes))
 
 
-def _log_rest(b: torch.Tensor, others: torch.Tensor, nothing: float) -> torch.Tensor:
-    """log(1 - sum e^b), -inf where that is not above `nothing` or there are no other classes."""
-    mass = 1.0 - b.double().exp().sum(-1)
-    empty = (mass <= nothing) | (others == 0)
-    return mass.masked_fill(empty, 1.0).log().masked_fill(empty, -math.inf).to(b.dtype)
-
-
-def _losses(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    rest: torch.Tensor | None,
-    total: torch.Tensor | None,
+def _teacher(
+    treatment: Treatment,
+    values: torch.Tensor,
     indices: torch.Tensor,
+    live: torch.Tensor | None,
+    values_are: str,
+    temperature: Number,
     classes: int,
-    missing: str,
-    kind: Kind,
-    min_log_prob: float | None,
-    nothing: float,
-) -> torch.Tensor:
-    """The divergence of each row from log-probabilities (..., k) of student and teacher, -inf where there is no index."""
+    small: torch.dtype,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the indices in ascending order, the teacher's entries of the loss in `small`)."""
+    # The kernels walk a row's classes and its indices side by side; the order of the k says nothing.
+    indices, order = indices.sort(dim=-1, stable=True)
     valid = indices != -1
-    if missing in ("renormalize", "renormalize_both"):
-        b = _log_normalise(b, valid)
-    if missing == "renormalize_both":
-        a = _log_normalise(a, valid)
-    elif missing == "renormalize" and rest is not None:
-        a = torch.cat([a, rest.unsqueeze(-1)], -1)
-        b = torch.cat([b, torch.full_like(b[..., :1], -math.inf)], -1)
-    elif missing == "none" and min_log_prob is not None:
-        a, b = (x.clamp(min=min_log_prob).masked_fill(~valid, -math.inf) for x in (a, b))
-    if missing in ("tail", "uniform"):
-        assert rest is not None
-        again = torch.zeros_like(valid[..., :1])
-        again = torch.cat([again, indices[..., 1:] == indices[..., :-1]], -1)
-        others = classes - (valid & ~again).sum(-1)
-        tail = _log_rest(b, others, nothing)
-        assert rest is not None
-        if missing == "tail":
-            a, b = torch.cat([a, rest.unsqueeze(-1)], -1), torch.cat([b, tail.unsqueeze(-1)], -1)
-        else:
-            assert total is not None
-            count, mass = others.clamp(min=1).to(b.dtype), tail.exp()
-            some = mass != 0  # NaN too
-            each = tail.where(some, 0.0) - count.log() - total.where(some, 0.0) / count
-            return divergence_of(kind, a, b, 0.5, 0.0) + mass * each
-    return divergence_of(kind, a, b, 0.5, 0.0)
+    kept = valid if live is None else valid & live.unsqueeze(-1)
+    b = values.gather(-1, order).to(small).where(kept, 0.0)
+    if values_are == "logits":
+        b = b / temperature
+    b = b.masked_fill(~valid, -math.inf)
+    return indices, treatment.teacher(b, indices, classes, torch.finfo(dtype).eps)
 
 
 def _reduce(
@@ -271,18 +244,27 @@ def _reduce(
 ) -> torch.Tensor:
     if reduction == "none":
         return losses
+    return _divided(losses.sum(), _divisor(w, reduction, tuple(student.shape), num_items))
+
+
+def _divisor(w: torch.Tensor | None, reduction: str, shape: tuple[int, ...], num_items: Number | None) -> Number:
+    """Of the sum over rows of scores of this shape, w being their weights."""
+    if reduction == "none":
+        return 1
     if num_items is not None:
-        return losses.sum() / num_items
+        return num_items.detach().reshape(()) if isinstance(num_items, torch.Tensor) else num_items
     if reduction == "rowmean" and w is not None:
-        mass = w.sum()
-        return losses.sum().where(mass != 0, 0.0) / mass.where(mass != 0, 1.0)
-    divisor = {
-        "rowmean": losses.numel(),
-        "batchmean": student.shape[0],
-        "mean": student.numel(),
-        "sum": 1,
-    }[reduction]
-    return losses.sum() / max(divisor, 1)
+        return w.sum()
+    by = {"rowmean": math.prod(shape[:-1]), "batchmean": shape[0], "mean": math.prod(shape), "sum": 1}
+    return max(by[reduction], 1)
+
+
+def _divided(x: torch.Tensor, by: Number) -> torch.Tensor:
+    """x / by; 0 where nothing counts."""
+    if not isinstance(by, torch.Tensor):
+        return x / by
+    by = by.to(x)
+    return x.where(by != 0, 0.0) / by.where(by != 0, 1.0)
 
 
 def union_support(student_logits: torch.Tensor, teacher_indices: torch.Tensor, k: int) -> torch.Tensor:
@@ -347,7 +329,7 @@ def uld_loss(
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     checks.number("temperature", temperature, low=0, open_low=True)
     checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True)
-    checks.number("num_items", num_items, low=0, open_low=True)
+    checks.items(num_items)
     shapes = f"student_logits has shape {tuple(student_logits.shape)} and teacher_logits {tuple(teacher_logits.shape)}"
     if student_logits.dim() == 0 or student_logits.dim() != teacher_logits.dim():
         raise ValueError(f"student and teacher must have the same rows and a class axis: {shapes}")

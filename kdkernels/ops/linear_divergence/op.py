@@ -2,137 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from kdkernels import backends
 from kdkernels.native import View
-from kdkernels.ops.library import define, first_order, graph_is_kept
-from kdkernels.ops.linear_divergence import gemm, reference
+from kdkernels.ops.library import define, first_order
+from kdkernels.ops.linear_divergence import reference
+from kdkernels.ops.linear_divergence.heads import (
+    Head,
+    Side,
+    chunk_rows,
+    pack_transforms,
+    stored,
+    times_upstream,
+    unpack_transforms,
+    view,
+)
 from kdkernels.ops.row_divergence.kinds import STATS, Inputs, Kind
 from kdkernels.ops.row_divergence.op import COUNT_CE, COUNT_KD, _divisors, _flat, _kernels, _value
 from kdkernels.ops.scalars import Number, pack
-from kdkernels.ops.scale.op import scaled
-
-FLOAT = 4  # bytes of a logit, whatever the inputs are
-# Bounds of the automatic budget for a chunk's logits of both models.
-MOST_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
-LEAST_ROWS = 64
-SCALE_S, CAP_S, SCALE_T, CAP_T = 1, 2, 4, 8  # which of the packed head scalars count
-
-
-class Head(NamedTuple):
-    """One model's side: softcap tanh(scale (hidden weight^T + bias) / softcap).
-
-    `own` is one more class for every row alone: its score is hidden . own, and it stands last.
-    """
-
-    hidden: torch.Tensor  # (N, H)
-    weight: torch.Tensor  # (V, H)
-    bias: torch.Tensor | None = None  # (V,)
-    own: torch.Tensor | None = None  # (N, H)
-    scale: Number | None = None
-    softcap: Number | None = None
-
 
 _NOBODY: Any = Head(None, None)  # type: ignore[arg-type]
-
-
-def chunk_rows(rows: int, classes: int, width: int, chunk_bytes: int, buffers: int, device: str) -> int:
-    """Rows of a chunk, all chunks but the last alike.
-
-    Args:
-        rows, classes: of the logits.
-        width: the student's hidden size.
-        chunk_bytes: what the logits of a chunk may take; 0 chooses. The float32 gradient of a weight is read and
-            written once a chunk, which beside the product is little from about `width` rows on, and what such a
-            chunk's logits take is that gradient's own size.
-        buffers: how many tensors of a chunk's logits there are at a time.
-    """
-    row = FLOAT * classes * buffers
-    if chunk_bytes == 0:
-        chunk_bytes = max(min(row * width, MOST_BYTES.get(device, MOST_BYTES["cuda"])), row * LEAST_ROWS)
-    most_rows = chunk_bytes // row
-    if rows <= most_rows:
-        return max(rows, 1)
-    n = -(-rows // -(-rows // most_rows))  # as few chunks, but equal ones
-    # A multiple of 8 where there is a choice: then slices of labels and losses are aligned.
-    return n if n < 8 else min(-(-n // 8) * 8, most_rows // 8 * 8)
-
-
-class _Side:
-    """A head with the accumulators of those of its gradients that are wanted."""
-
-    def __init__(self, head: Head, wants: list[bool]):
-        self.head = head
-        self.any = any(wants)
-        self.products = gemm.Products(head.hidden, head.weight)
-        h, w, b, o = (t if want else None for t, want in zip(head[:4], wants, strict=True))
-        f32 = {"dtype": torch.float32, "device": head.hidden.device}
-        # What a float16 model gets stays wide until the backward knows its scale.
-        self.d_hidden = None if h is None else torch.empty(h.shape, dtype=_stored(h.dtype), device=h.device)
-        self.d_weight = None if w is None else torch.empty(w.shape, **f32)
-        self.d_bias = None if b is None else torch.zeros(b.shape, **f32)
-        self.d_own = None if o is None else torch.empty(o.shape, dtype=_stored(o.dtype), device=o.device)
-        if self.d_weight is not None and head.hidden.shape[0] == 0:
-            self.d_weight.zero_()
-
-    def scores(self, rows: slice, out: torch.Tensor) -> None:
-        head = self.head
-        classes = head.weight.shape[0]
-        self.products.scores(rows, out[:, :classes])
-        if head.bias is not None:
-            out[:, :classes].add_(head.bias)
-        if head.own is not None:
-            out[:, -1] = (head.hidden[rows].float() * head.own[rows]).sum(-1)
-        if head.softcap is not None:
-            out.mul_(1 / head.softcap if head.scale is None else head.scale / head.softcap).tanh_().mul_(head.softcap)
-        elif head.scale is not None:
-            out.mul_(head.scale)
-
-    def accumulate(self, rows: slice, gradient: torch.Tensor, scores: torch.Tensor) -> None:
-        """Takes the gradient of a chunk's scores; both are used up."""
-        head, classes = self.head, self.head.weight.shape[0]
-        if head.softcap is not None:
-            gradient.mul_(scores.div_(head.softcap).square_().neg_().add_(1.0))
-        if head.scale is not None:
-            gradient.mul_(head.scale)
-        hidden = head.hidden[rows]
-        of_classes = gradient[:, :classes]
-        if self.d_bias is not None:
-            self.d_bias.add_(of_classes.sum(0))
-        if self.d_hidden is not None or self.d_weight is not None:
-            operand, factor = self.products.operand(of_classes)
-        if self.d_hidden is not None:
-            wide = self.d_hidden.dtype == torch.float32
-            out = self.d_hidden[rows] if wide else torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
-            self.products.by_hidden(operand, factor, out)
-            if head.own is not None:
-                out.addcmul_(gradient[:, -1:], head.own[rows].float())
-            if not wide:
-                self.d_hidden[rows] = out
-        if self.d_own is not None:
-            self.d_own[rows] = gradient[:, -1:] * hidden.float()
-        if self.d_weight is not None:
-            self.products.by_weight(rows, operand, factor, self.d_weight)
-
-    def gradients(self) -> tuple[torch.Tensor, ...]:
-        head = self.head
-        found = (self.d_hidden, self.d_weight, self.d_bias, self.d_own)
-        return tuple(
-            head.hidden.new_empty(0) if d is None or x is None else d.to(_stored(x.dtype))
-            for d, x in zip(found, head[:4], strict=True)
-        )
-
-
-def _stored(dtype: torch.dtype) -> torch.dtype:
-    """How a gradient waits for its upstream scale: float16 would underflow."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
-def _view(x: torch.Tensor) -> View:
-    return View(x, (*x.shape, 1), (*x.stride(), 1))
 
 
 def _forward(
@@ -158,18 +50,14 @@ def _forward(
     wants: list[bool],
     backend: str,
 ) -> tuple[torch.Tensor, ...]:
-    def side(hidden: Any, head_weight: Any, bias: Any, own: Any, scale: int, cap: int, at: int, want: Any) -> _Side:
-        factor = head_scalars[at] if transforms & scale else None
-        softcap = head_scalars[at + 1] if transforms & cap else None
-        return _Side(Head(hidden, head_weight, bias, own, factor, softcap), want)
-
     rows, classes = student.shape[0], student_weight.shape[0] + (student_own is not None)
     device = student.device
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        s = side(student, student_weight, student_bias, student_own, SCALE_S, CAP_S, 0, wants[:4])
+        of_s, of_t = (unpack_transforms(head_scalars, transforms, i) for i in range(2))
+        s = Side(Head(student, student_weight, student_bias, student_own, *of_s), wants[:4])
         t = None
-        if teacher is not None:
-            t = side(teacher, teacher_weight, teacher_bias, teacher_own, SCALE_T, CAP_T, 2, wants[4:])
+        if teacher is not None and teacher_weight is not None:
+            t = Side(Head(teacher, teacher_weight, teacher_bias, teacher_own, *of_t), wants[4:])
         # The row kernels read a teacher's logit for the last time just before they write the student's gradient
         # there. Not so where the teacher learns too, or where the label's logit stands apart.
         shared = not any(wants[4:]) and kind != Kind.DECOUPLED_KL
@@ -192,9 +80,9 @@ def _forward(
                 t.scores(part, y)
             ds, dt = (None if d is None else d[:n] for d in (d_s, d_t))
             kernel(
-                _view(x), _view(y), _part(labels, part), _part(weight, part), class_weight, scalars, divisors,
+                view(x), view(y), _part(labels, part), _part(weight, part), class_weight, scalars, divisors,
                 losses[part], None, View(stats, (n, STATS), (STATS, 1)),
-                None if ds is None else _view(ds), None if dt is None else _view(dt),
+                None if ds is None else view(ds), None if dt is None else view(dt),
                 kind, Inputs.LOGITS.value, int(hard), 0, ignore_index,
             )  # fmt: skip
             if ds is not None:
@@ -222,7 +110,7 @@ def _forward_fake(student, student_weight, student_bias, student_own, teacher, t
     inputs = (student, student_weight, student_bias, student_own, teacher, teacher_weight, teacher_bias, teacher_own)
     hidden = (student,) * 4 + (student if teacher is None else teacher,) * 4
     grads = (
-        x.new_empty(x.shape, dtype=_stored(x.dtype)) if want and x is not None else like.new_empty(0)
+        x.new_empty(x.shape, dtype=stored(x.dtype)) if want and x is not None else like.new_empty(0)
         for x, like, want in zip(inputs, hidden, wants, strict=True)
     )
     return torch.empty(student.shape[0], dtype=torch.float32, device=student.device), *grads
@@ -281,13 +169,7 @@ class LinearDivergence(torch.autograd.Function):
         if ctx.stored:
             output, *grads = ctx.saved_tensors
             dtypes = [d for d, want in zip(ctx.dtypes, wants, strict=True) if want]
-            kept = [i for i, (g, dtype) in enumerate(zip(grads, dtypes, strict=True)) if g.dtype == dtype]
-            with torch.no_grad():
-                ready = dict(zip(kept, scaled(tuple(grads[i] for i in kept), upstream, ctx.backend, graph_is_kept())))
-                found = [
-                    ready[i] if i in ready else (g * upstream).to(dtype)
-                    for i, (g, dtype) in enumerate(zip(grads, dtypes, strict=True))
-                ]
+            found = times_upstream(grads, dtypes, upstream, ctx.backend)
         else:
             kind, hard, transforms, ignore_index, chunk_bytes, _, backend = ctx.options
             output, *inputs, labels, weight, class_weight, scalars, head_scalars = ctx.saved_tensors
@@ -377,9 +259,7 @@ def linear_divergence(
         p1,
         0.0,
     ))  # fmt: skip
-    of_heads = (student.scale, student.softcap, other.scale, other.softcap)
-    head_scalars = pack(tuple(0.0 if x is None else x for x in of_heads))
-    transforms = sum(1 << i for i, x in enumerate(of_heads) if x is not None)
+    head_scalars, transforms = pack_transforms(student, other)
     flat = [None if x is None else x.reshape(-1, x.shape[-1]) for h in sides for x in (h.hidden, h.own)]
     kept = None
     if compact and (labels is not None or weight is not None):

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kdkernels.losses import contrastive, linear, sequence
+from kdkernels.losses import contrastive, linear, linear_sparse, sequence
 from kdkernels.ops.registry import Case, Inputs, Shape, Spec
 from kdkernels.ops.row_divergence.spec import eager_distillation, eager_js, eager_kl
+from kdkernels.ops.row_gather.spec import eager_renormalize
 
 # (tokens, vocabulary, hidden); of the teacher's hidden sizes, HIDDEN_MORE wider.
 SHAPES: tuple[Shape, ...] = ((5, 4, 2), (1, 1, 1), (6, 40, 4), (2, 3, 33, 5))
@@ -59,6 +60,30 @@ def make_padded(shape: Shape, generator: torch.Generator) -> dict[str, torch.Ten
     made["labels"] = made["labels"].clamp(max=shape[-2] - 2)
     made["teacher_weight"] = torch.cat([made["teacher_weight"], made["teacher_weight"][:1].expand(2, -1)])
     return made
+
+
+def make_sparse(shape: Shape, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """A student, and the largest logits of a teacher."""
+    made = make_hidden(shape, generator)
+    teacher = made.pop("teacher_hidden") @ made.pop("teacher_weight").T
+    top = teacher.topk(min(64, (shape[-2] + 1) // 2), -1)
+    return {**made, "teacher_values": top.values, "teacher_indices": top.indices}
+
+
+def make_sparse_everything(shape: Shape, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Log-probabilities with a mass outside that float32 can tell from none; a bias, token weights and labels."""
+    made, others = make_sparse(shape, generator), make_everything(shape, generator)
+    values, at = torch.randn(shape[:-1], generator=generator).log_softmax(-1).topk(made["teacher_values"].shape[-1], -1)
+    made |= {"teacher_values": values, "teacher_indices": at}
+    return {**made, **{name: others[name] for name in ("student_bias", "weight", "labels")}}
+
+
+def eager_sparse(
+    student_hidden: torch.Tensor, student_weight: torch.Tensor, teacher_values: torch.Tensor,
+    teacher_indices: torch.Tensor, **options: Any,
+) -> torch.Tensor:  # fmt: skip
+    scores = F.linear(student_hidden, student_weight).float()
+    return eager_renormalize(scores, teacher_values.float(), teacher_indices, **options)
 
 
 def _with_logits(eager: Any) -> Any:
@@ -139,6 +164,20 @@ def products(inputs: Inputs, backward: bool) -> Callable[[], Any]:
     return run
 
 
+def student_products(inputs: Inputs, backward: bool) -> Callable[[], Any]:
+    """The same of the student alone."""
+    hidden, weight = (inputs[n].detach() for n in STUDENT)
+    scores, d_hidden, d_weight = hidden @ weight.T, torch.empty_like(hidden), torch.empty_like(weight)
+
+    def run() -> None:
+        torch.mm(hidden, weight.T, out=scores)
+        if backward:
+            torch.mm(scores, weight, out=d_hidden)
+            torch.mm(scores.T, hidden, out=d_weight)
+
+    return run
+
+
 def queue_products(inputs: Inputs, backward: bool) -> Callable[[], Any]:
     """The same of embeddings and a queue, which does not learn."""
     s, t, queue = (inputs[n].detach().float() for n in ("student", "teacher", "queue"))
@@ -190,6 +229,20 @@ SPEC = Spec(
         _case(
             "linear_distillation_loss-decoupled", linear.linear_distillation_loss, make_padded, shapes=SMALL,
             divergence="decoupled_kl", vocab_size=3, compact=True, chunk_bytes=80,
+        ),
+        Case(
+            "linear_topk_div", linear_sparse.linear_topk_div, make_sparse, {"temperature": 2.0}, eager_sparse,
+            grads=(*STUDENT, "teacher_values"), shapes=SHAPES, bench=BENCH, bench_gpu=BENCH_GPU, bench_grads=STUDENT,
+            bench_dtypes=(torch.float32, torch.bfloat16), floor_work=student_products, headline=True,
+        ),
+        _case(
+            "linear_topk_div-uniform", linear_sparse.linear_topk_div, make_sparse_everything,
+            grads=(*STUDENT, "student_bias", "teacher_values"), shapes=SHAPES[-1:], missing="uniform",
+            teacher_values_are="log_probs", student_softcap=4.0, student_logit_scale=1.5, chunk_bytes=600, compact=True,
+        ),
+        _case(
+            "linear_topk_div-tail-js-none", linear_sparse.linear_topk_div, make_sparse_everything, shapes=SMALL,
+            missing="tail", divergence="js", teacher_values_are="log_probs", reduction="none", chunk_bytes=70,
         ),
         Case(
             "compress_loss", contrastive.compress_loss, make_queue, {}, eager_compress, grads=("student",),

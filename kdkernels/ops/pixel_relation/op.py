@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from kdkernels.ops.library import define, first_order, graph_is_kept
-from kdkernels.ops.linear_divergence.op import FLOAT, LEAST_ROWS, buffers
+from kdkernels.ops.linear_divergence.heads import FLOAT, LEAST_ROWS
+from kdkernels.ops.linear_divergence.op import buffers
 from kdkernels.ops.linear_divergence.op import forward_op as linear_divergence
 from kdkernels.ops.pixel_relation import reference
 from kdkernels.ops.precision import full_float32
