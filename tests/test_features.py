@@ -11,7 +11,7 @@ from targets import Target
 from torch import nn
 
 import kdkernels as kd
-from kdkernels.ops.weighted_match import op as maps
+from kdkernels.ops.weighted_match import op, sums
 
 F64 = torch.float64
 
@@ -198,7 +198,7 @@ def test_threads_change_no_bit(name: str, generator: torch.Generator) -> None:
 
 def test_ordered_sum_takes_every_element() -> None:
     for n in (0, 1, 16384, 16385, 50000):
-        assert maps.ordered_sum(torch.ones(n, dtype=F64)) == n
+        assert sums.ordered_sum(torch.ones(n, dtype=F64)) == n
 
 
 # -------------------------------------------------------------------------------------------------------------- bad input
@@ -244,13 +244,14 @@ def test_opcheck(fused: Target, dtype: torch.dtype, generator: torch.Generator) 
     rows, lanes = (torch.rand(2, n, generator=generator).to(fused.device) for n in (3, 5))
     scalars = torch.tensor([1.0, 0.5])
     torch.library.opcheck(
-        ops.feature_match.default, (s, t, rows, lanes, rows, lanes, scalars, None, 0, True, True, True, True, b)
+        ops.feature_match.default, (s, t, rows, lanes, rows, lanes, scalars, None, 0, 1, True, True, True, True, b)
     )
-    torch.library.opcheck(ops.feature_power_sums.default, (s, rows, lanes, scalars, 2, False, True, True, b))
-    torch.library.opcheck(ops.feature_power_gradient.default, (s, rows, lanes, scalars, rows, lanes, 2, False, b))
-    torch.library.opcheck(ops.feature_moments.default, (s, t, True, b))
+    torch.library.opcheck(ops.feature_attention.default, (s, t, scalars, 2, op.OVER_CHANNELS, 1, True, False, b))
+    torch.library.opcheck(ops.feature_power_sums.default, (s, rows, lanes, scalars, 2, False, True, True, 1, b))
+    torch.library.opcheck(ops.feature_power_gradient.default, (s, rows, lanes, scalars, rows, lanes, 2, False, 1, b))
+    torch.library.opcheck(ops.feature_moments.default, (s, t, False, 1, b))
     upstream = torch.randn(5, 2, 5, generator=generator, dtype=F64).to(fused.device)
-    torch.library.opcheck(ops.feature_moments_gradient.default, (s, t, upstream, True, True, True, b))
+    torch.library.opcheck(ops.feature_moments_gradient.default, (s, t, upstream, False, 1, True, True, b))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -275,16 +276,14 @@ def test_second_derivatives_are_refused(fused: Target, name: str, generator: tor
 def test_weights_and_offsets_get_gradients(fused: Target, generator: torch.Generator) -> None:
     s, t = (x.to(fused.device) for x in pair(generator, 2, 9, 20, dtype=torch.float32))
     small = [torch.rand(2, n, generator=generator).to(fused.device).requires_grad_() for n in (9, 20, 9, 20)]
-    names = ("row_weight", "lane_weight", "row_offset", "lane_offset")
+    names = ("channel_weight", "pixel_weight", "channel_offset", "pixel_offset")
     backend = fused.backend if fused.backend in ("cpu", "triton") else "reference"
     for measure in ("squared", "absolute", "smooth_l1"):
         options = {"measure": measure, "beta": 0.7, "factor": 0.3}
-        loss = maps.match(s, t, **dict(zip(names, small, strict=True)), **options, backend=backend)
+        loss = op.match(s, t, **dict(zip(names, small, strict=True)), **options, backend=backend)
         got = torch.autograd.grad(1.5 * loss, small)
         wide = [x.detach().double().requires_grad_() for x in small]
-        exact = maps.match(
-            s.double(), t.double(), **dict(zip(names, wide, strict=True)), **options, backend="reference"
-        )
+        exact = op.match(s.double(), t.double(), **dict(zip(names, wide, strict=True)), **options, backend="reference")
         for g, e in zip(got, torch.autograd.grad(1.5 * exact, wide), strict=True):
             torch.testing.assert_close(g.double(), e, rtol=1e-5, atol=1e-6)
 

@@ -14,8 +14,7 @@ from kdkernels.losses.features import SUPPORTED, adapted, as_wide, checked, hint
 from kdkernels.losses.logits import kl_div
 from kdkernels.losses.module import LossModule
 from kdkernels.ops.scalars import Number
-from kdkernels.ops.weighted_match import op as maps
-from kdkernels.ops.weighted_match.maps import oriented
+from kdkernels.ops.weighted_match import op, sums
 
 BOXES_AT_ONCE = 8  # of an image, while they are drawn: a map of its size for each
 Boxes = torch.Tensor | Sequence[torch.Tensor]
@@ -129,40 +128,24 @@ class GlobalContext(nn.Module):
             setattr(self, f"{side}_add", add)
 
     def forward(self, side: str, features: torch.Tensor, backend: str = "reference") -> torch.Tensor:
-        """The additions (N, C) to a map (N, C, pixels) of the "student" or the "teacher", in float32."""
+        """The additions (N, C) to a map (N, C, H, W) of the "student" or the "teacher", in float32."""
         mask, add = getattr(self, f"{side}_mask"), getattr(self, f"{side}_add")
-        (x,), channels_last = oriented(features)
         weight = mask.weight.reshape(1, -1).expand(features.shape[0], -1)
-
-        def weighted(by: torch.Tensor, rows: bool) -> torch.Tensor:
-            """Weighted sums over the lanes of every row, or over the rows of every lane."""
-            of_rows, of_lanes = (by, None) if not rows else (None, by)
-            made = maps.power_sums(
-                x,
-                1.0,
-                signed=True,
-                rows=rows,
-                lanes=not rows,
-                row_weight=of_rows,
-                lane_weight=of_lanes,
-                backend=backend,
-            )[0 if rows else 1]
-            assert made is not None
-            return made
-
-        attention = weighted(weight, channels_last).softmax(1)
-        context = weighted(attention, not channels_last)
+        _, scores = sums.power_sums(features, 1.0, signed=True, pixels=True, channel_weight=weight, backend=backend)
+        assert scores is not None
+        context, _ = sums.power_sums(
+            features, 1.0, signed=True, channels=True, pixel_weight=scores.softmax(1), backend=backend
+        )
+        assert context is not None
         return add(context[:, :, None, None].to(weight.dtype)).flatten(1)
 
 
 def _attention(x: torch.Tensor, temperature: float, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     """FGD's attention over pixels, (N, P), and over channels, (N, C): softmaxes times their lengths."""
-    _, channels, pixels = x.shape
-    (y,), channels_last = oriented(x)
-    rows, lanes = maps.power_sums(y, 1.0, rows=True, lanes=True, backend=backend)
-    assert rows is not None
-    assert lanes is not None
-    of_pixels, of_channels = (rows, lanes) if channels_last else (lanes, rows)
+    of_channels, of_pixels = sums.power_sums(x, 1.0, channels=True, pixels=True, backend=backend)
+    assert of_channels is not None
+    assert of_pixels is not None
+    channels, pixels = of_channels.shape[1], of_pixels.shape[1]
     return (
         pixels * (of_pixels / (channels * temperature)).softmax(1),
         channels * (of_channels / (pixels * temperature)).softmax(1),
@@ -230,13 +213,13 @@ def fgd_loss(
     if isinstance(temperature, torch.Tensor):
         raise TypeError("temperature must be a number, got a tensor")
     checks.number("temperature", temperature, low=0, open_low=True)
-    student = adapted(adapter, student_features)
-    s, t = checked(student, teacher_features.detach(), 1)
-    if student.dim() != 4:
-        raise ValueError(f"student_features must be (N, C, H, W), got shape {tuple(student.shape)}")
+    s, t = adapted(adapter, student_features), teacher_features.detach()
+    checked(s, t, 1)
+    if s.dim() != 4:
+        raise ValueError(f"student_features must be (N, C, H, W), got shape {tuple(s.shape)}")
     backend = backends.resolve("fgd_loss", (s, t), backend, SUPPORTED)
     (s,) = as_wide(s)  # several terms' gradients meet in it, and are rounded once
-    batch, size = s.shape[0], (student.shape[2], student.shape[3])
+    batch, size = s.shape[0], (s.shape[2], s.shape[3])
     drawn, known = padded_boxes(boxes, batch, s.device, s.dtype)
     scale = _scale(image_size, size, batch, s.device)
     share = 1.0 / max(batch, 1)
@@ -245,18 +228,13 @@ def fgd_loss(
     pixels_t, channels_t = _attention(t, temperature, backend)
     front, back = box_masks(drawn, known, size, scale)
     pixels = pixels_t * (foreground_weight * front + background_weight * back).flatten(1)
-    (x, y), channels_last = oriented(s, t)
-    rows, lanes = (pixels, channels_t) if channels_last else (channels_t, pixels)
-    loss = maps.match(x, y, row_weight=rows, lane_weight=lanes, factor=share, backend=backend)
+    loss = op.match(s, t, channel_weight=channels_t, pixel_weight=pixels, factor=share, backend=backend)
     apart = (pixels_s - pixels_t).abs().sum(1) + (channels_s - channels_t).abs().sum(1)
     loss = loss + attention_weight * share * apart.sum()
     if global_context is not None:
         added = global_context("student", s, backend) - global_context("teacher", t, backend)
-        of_rows, of_lanes = (None, added) if channels_last else (added, None)
         weight, outer = (global_weight, 1.0) if not isinstance(global_weight, torch.Tensor) else (1.0, global_weight)
-        loss = loss + outer * maps.match(
-            x, y, row_offset=of_rows, lane_offset=of_lanes, factor=weight * share, backend=backend
-        )
+        loss = loss + outer * op.match(s, t, channel_offset=added, factor=weight * share, backend=backend)
     return loss
 
 
@@ -346,11 +324,11 @@ def detection_distillation_loss(
             else 1 - giou(boxes_s, boxes_t)
         )
         if valid is None:
-            mean = maps.ordered_sum(each) / max(each.shape[0], 1)
+            mean = sums.ordered_sum(each) / max(each.shape[0], 1)
         else:
             keep = valid.reshape(-1).to(wide)
-            count = maps.ordered_sum(keep)
-            mean = maps.ordered_sum(each.where(keep != 0, 0.0) * keep) / count.where(count > 0, 1.0)
+            count = sums.ordered_sum(keep)
+            mean = sums.ordered_sum(each.where(keep != 0, 0.0) * keep) / count.where(count > 0, 1.0)
         loss = loss + box_weight * mean
     if len(student_features) != len(teacher_features):
         raise ValueError(

@@ -15,8 +15,8 @@ from kdkernels import backends
 from kdkernels.losses import checks
 from kdkernels.losses.features import REDUCTIONS, SUPPORTED, adapted, as_wide, checked, hint_loss, share
 from kdkernels.losses.module import LossModule
-from kdkernels.ops.weighted_match import op as maps
-from kdkernels.ops.weighted_match.maps import oriented
+from kdkernels.ops.weighted_match import op, sums
+from kdkernels.ops.weighted_match.maps import of_channels
 
 
 def variational_information_loss(
@@ -56,8 +56,9 @@ def variational_information_loss(
     """
     checks.choice("reduction", reduction, REDUCTIONS)
     checks.number("eps", eps, low=0)
-    s, t = checked(adapted(adapter, student_features), teacher_features, dim)
-    batch, channels, pixels = s.shape
+    s, t = adapted(adapter, student_features), teacher_features
+    dim = checked(s, t, dim)
+    batch, channels = s.shape[0], s.shape[dim]
     checks.float_tensor("raw_variance", raw_variance)
     if tuple(raw_variance.shape) != (channels,):
         raise ValueError(f"raw_variance must have one number a channel, ({channels},); got {tuple(raw_variance.shape)}")
@@ -65,11 +66,9 @@ def variational_information_loss(
     factor = share(s, reduction)
     (raw,) = as_wide(raw_variance if backend != "reference" else raw_variance.to(s.dtype))
     variance = F.softplus(raw) + eps
-    (x, y), channels_last = oriented(s, t)
     weight = (0.5 / variance).expand(batch, -1)
-    rows, lanes = (None, weight) if channels_last else (weight, None)
-    squares = maps.match(x, y, row_weight=rows, lane_weight=lanes, factor=factor, backend=backend)
-    return squares + 0.5 * factor * batch * pixels * variance.log().sum()
+    squares = op.match(s, t, dim=dim, channel_weight=weight, factor=factor, backend=backend)
+    return squares + 0.5 * factor * (s.numel() // channels) * variance.log().sum()
 
 
 def pearson_feature_loss(
@@ -117,14 +116,13 @@ def pearson_feature_loss(
         student = F.interpolate(student, tuple(teacher.shape[2:]), mode="bilinear")
     elif resize == "teacher" and teacher.dim() == 4 and student.shape[2:] != teacher.shape[2:]:
         teacher = F.interpolate(teacher, tuple(student.shape[2:]), mode="bilinear")
-    s, t = checked(student, teacher, dim)
-    backend = backends.resolve("pearson_feature_loss", (s, t), backend, SUPPORTED)
-    channels, n = s.shape[1], s.shape[0] * s.shape[2]
+    dim = checked(student, teacher, dim)
+    backend = backends.resolve("pearson_feature_loss", (student, teacher), backend, SUPPORTED)
+    channels, n = student.shape[dim], student.numel() // student.shape[dim]
     if backend == "reference":
-        x, y = (_standardized(v.transpose(0, 1).flatten(1), eps) for v in as_wide(s, t))
+        x, y = (_standardized(of_channels(v, dim).transpose(0, 1).flatten(1), eps) for v in as_wide(student, teacher))
         return 0.5 * (x - y).pow(2).sum() / max(channels * n, 1)
-    (x, y), channels_last = oriented(s, t)
-    a, b, aa, bb, ab = maps.moments(x, y, lanes=channels_last, backend=backend).sum(1)
+    a, b, aa, bb, ab = sums.moments(student, teacher, channels=True, dim=dim, backend=backend).sum(1)
     n = max(n, 1)
     aa, bb, ab = (squares - u * v / n for squares, u, v in ((aa, a, a), (bb, b, b), (ab, a, b)))
     by_s, by_t = (_inverse_std(sums, squares, n, eps) for sums, squares in ((aa, aa + a * a / n), (bb, bb + b * b / n)))

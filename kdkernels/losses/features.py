@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -9,9 +11,9 @@ from torch import nn
 from kdkernels import backends
 from kdkernels.losses import checks
 from kdkernels.losses.module import LossModule
-from kdkernels.ops.weighted_match import op as maps
-from kdkernels.ops.weighted_match.maps import channels_and_pixels, oriented
-from kdkernels.ops.weighted_match.reference import MEASURES
+from kdkernels.ops.weighted_match import op, sums
+from kdkernels.ops.weighted_match.maps import of_channels
+from kdkernels.ops.weighted_match.reference import MEASURES, power
 
 SUPPORTED = ("triton", "cpu", "reference")
 REDUCTIONS = ("mean", "batchmean", "sum")
@@ -59,36 +61,33 @@ class Adapter(nn.Module):
         return x.relu() if self.relu else x
 
 
-def checked(
-    student: torch.Tensor, teacher: torch.Tensor, dim: int, *, same: str = "shape"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both features as maps (batch, channels, pixels).
+def checked(student: torch.Tensor, teacher: torch.Tensor, dim: int, *, same: str = "shape") -> int:
+    """The channels' axis of both features, not negative.
 
     Args:
         same: what they must share: "shape", "pixels" or "channels".
     """
-    names = "student_features", "teacher_features"
-    for name, x in zip(names, (student, teacher), strict=True):
-        checks.float_tensor(name, x)
-        if x.dim() < 2:
-            raise ValueError(
-                f"{name} must be (N, C, ...), with a sample and a channel axis; got shape {tuple(x.shape)}"
-            )
-    if student.dim() != teacher.dim():
-        raise ValueError(
-            f"both must have as many axes: student_features has shape {tuple(student.shape)} and teacher_features "
-            f"{tuple(teacher.shape)}"
-        )
-    if not -student.dim() < dim < student.dim() or dim % student.dim() == 0:
-        raise ValueError(f"dim must be an axis of {tuple(student.shape)} other than the first, got {dim}")
-    dim %= student.dim()
+    checks.float_tensor("student_features", student)
+    checks.float_tensor("teacher_features", teacher)
     if student.device != teacher.device:
         raise ValueError(
             f"student and teacher must be on one device: student_features is on {student.device}, "
             f"teacher_features on {teacher.device}"
         )
-    s, t = student.shape, teacher.shape
+    check = _shapes if torch.compiler.is_compiling() else _known_shapes  # sizes may be symbols
+    return check(student.shape, teacher.shape, dim, same)
+
+
+def _shapes(s: torch.Size, t: torch.Size, dim: int, same: str) -> int:
     what = f"student_features has shape {tuple(s)} and teacher_features {tuple(t)}"
+    for name, shape in (("student_features", s), ("teacher_features", t)):
+        if len(shape) < 2:
+            raise ValueError(f"{name} must be (N, C, ...), with a sample and a channel axis; got shape {tuple(shape)}")
+    if len(s) != len(t):
+        raise ValueError(f"both must have as many axes: {what}")
+    if not -len(s) < dim < len(s) or dim % len(s) == 0:
+        raise ValueError(f"dim must be an axis of {tuple(s)} other than the first, got {dim}")
+    dim %= len(s)
     if s[0] != t[0]:
         raise ValueError(f"student and teacher must hold the same samples: {what}")
     if s[1:].numel() == 0 or t[1:].numel() == 0:
@@ -100,7 +99,10 @@ def checked(
         )
     if same != "channels" and s[1:dim] + s[dim + 1 :] != t[1:dim] + t[dim + 1 :]:
         raise ValueError(f"sizes differ: {what}; pool or interpolate one of them")
-    return channels_and_pixels(student, dim), channels_and_pixels(teacher, dim)
+    return dim
+
+
+_known_shapes = functools.lru_cache(maxsize=4096)(_shapes)
 
 
 def adapted(adapter: nn.Module | None, student: torch.Tensor) -> torch.Tensor:
@@ -164,34 +166,25 @@ def hint_loss(
     checks.number("beta", beta, low=0, open_low=True)
     if normalize and measure != "squared":
         raise ValueError(f"normalize goes with measure='squared' only, got {measure!r}")
-    s, t = checked(adapted(adapter, student_features), teacher_features, dim)
+    s, t = adapted(adapter, student_features), teacher_features
+    dim = checked(s, t, dim)
     backend = backends.resolve("hint_loss", (s, t), backend, SUPPORTED)
-    (x, y), _ = oriented(s, t)
     if not normalize:
-        return maps.match(x, y, measure=measure, beta=beta, factor=share(s, reduction), backend=backend)
+        return op.match(s, t, dim=dim, measure=measure, beta=beta, factor=share(s, reduction), backend=backend)
+    x, y = s.flatten(1), t.flatten(1)
     if backend == "reference":
-        x, y = as_wide(s.flatten(1), t.flatten(1))
+        x, y = as_wide(x, y)
         return (normalized(x) - normalized(y)).pow(2).sum() * share(s, reduction)
     # |x/|x| - y/|y||^2 from the second moments of each sample, in float64.
-    _, _, xx, yy, xy = maps.moments(x.flatten(1).unsqueeze(1), y.flatten(1).unsqueeze(1), lanes=False, backend=backend)
+    _, _, xx, yy, xy = sums.moments(x.unsqueeze(1), y.unsqueeze(1), channels=True, backend=backend)
     a, b = inverse_norms(xx), inverse_norms(yy)
-    return (maps.ordered_sum(xx * a**2 + yy * b**2 - 2 * xy * (a * b)) * share(s, reduction)).float()
+    return (sums.ordered_sum(xx * a**2 + yy * b**2 - 2 * xy * (a * b)) * share(s, reduction)).float()
 
 
 def inverse_norms(squares: torch.Tensor, eps: float = EPS) -> torch.Tensor:
     """One over lengths of at least eps, from squared lengths; of zero vectors 0, so that they get no gradient."""
     long = squares > eps**2
     return squares.where(long, 1.0).rsqrt().where(long, 1.0 / eps).where(squares != 0, 0.0)
-
-
-def _sums(x: torch.Tensor, p: float, signed: bool, over_channels: bool, mean: bool, backend: str) -> torch.Tensor:
-    """Sums or means of powers over the channels, (N, pixels), or over the pixels, (N, C)."""
-    (y,), channels_last = oriented(x)
-    rows = over_channels == channels_last
-    of_rows, of_lanes = maps.power_sums(y, p, signed=signed, rows=rows, lanes=not rows, backend=backend)
-    made = of_rows if rows else of_lanes
-    assert made is not None
-    return made / x.shape[1 if over_channels else 2] if mean else made
 
 
 def normalized(x: torch.Tensor, eps: float = EPS, add_eps: bool = False) -> torch.Tensor:
@@ -203,24 +196,38 @@ def normalized(x: torch.Tensor, eps: float = EPS, add_eps: bool = False) -> torc
 
 
 def _attention(
-    operation: str, student: torch.Tensor, teacher: torch.Tensor, *, over_channels: bool, p: float, signed: bool,
+    operation: str, student: torch.Tensor, teacher: torch.Tensor, dim: int, *, over_channels: bool, p: float, signed: bool,
     mean: bool, distance: str, eps: float, add_eps: bool, backend: str,
 ) -> torch.Tensor:  # fmt: skip
     checks.choice("distance", distance, ("squared", "norm"))
-    checks.number("p", p, low=1)
-    checks.number("eps", eps, low=0)
-    if isinstance(p, torch.Tensor):
-        raise TypeError("p must be a number, got a tensor")
+    for name, value, low in (("p", p, 1), ("eps", eps, 0)):
+        if isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} must be a number, got a tensor")
+        checks.number(name, value, low=low)
     if signed and p != round(p):
         raise ValueError(f"signed takes an integer p, got {p:g}")
     backend = backends.resolve(operation, (student, teacher), backend, SUPPORTED)
-    a, b = (normalized(_sums(x, p, signed, over_channels, mean, backend), eps, add_eps) for x in (student, teacher))
+    if backend != "reference":
+        return op.attention(
+            student, teacher, p, over_channels=over_channels, signed=signed, mean=mean, squared=distance == "squared",
+            eps=eps, add_eps=add_eps, dim=dim, backend=backend,
+        )  # fmt: skip
+    a, b = (
+        normalized(_sums(of_channels(x, dim), p, signed, over_channels, mean), eps, add_eps) for x in (student, teacher)
+    )
     squares = (a - b).pow(2)
     if distance == "squared":
-        return maps.ordered_sum(squares.sum(1)) / max(squares.numel(), 1)
+        return sums.ordered_sum(squares.sum(1)) / max(squares.numel(), 1)
     rows = squares.sum(1)
     apart = rows > 0  # the root has no derivative at 0
-    return maps.ordered_sum(rows.where(apart, 1.0).sqrt().where(apart, 0.0)) / max(rows.numel(), 1)
+    return sums.ordered_sum(rows.where(apart, 1.0).sqrt().where(apart, 0.0)) / max(rows.numel(), 1)
+
+
+def _sums(x: torch.Tensor, p: float, signed: bool, over_channels: bool, mean: bool) -> torch.Tensor:
+    """Sums or means of powers of (N, C, pixels) over the channels, (N, pixels), or over the pixels, (N, C)."""
+    y = power(x, p, signed)
+    axis = 1 if over_channels else 2
+    return y.mean(axis) if mean else y.sum(axis)
 
 
 def attention_transfer_loss(
@@ -277,9 +284,9 @@ def attention_transfer_loss(
         student, teacher = (
             x if tuple(x.shape[2:]) == size else F.adaptive_avg_pool2d(x, size) for x in (student, teacher)
         )
-    s, t = checked(student, teacher, dim, same="pixels")
+    dim = checked(student, teacher, dim, same="pixels")
     return _attention(
-        "attention_transfer_loss", s, t, over_channels=True, p=p, signed=signed, mean=channels == "mean",
+        "attention_transfer_loss", student, teacher, dim, over_channels=True, p=p, signed=signed, mean=channels == "mean",
         distance=distance, eps=eps, add_eps=add_eps, backend=backend,
     )  # fmt: skip
 
@@ -315,10 +322,10 @@ def channel_attention_transfer_loss(
     Raises:
         ValueError, TypeError, BackendError: as attention_transfer_loss; ValueError also where channels differ.
     """
-    s, t = checked(student_features, teacher_features, dim, same="channels")
+    dim = checked(student_features, teacher_features, dim, same="channels")
     return _attention(
-        "channel_attention_transfer_loss", s, t, over_channels=False, p=p, signed=signed, mean=True, distance=distance,
-        eps=eps, add_eps=add_eps, backend=backend,
+        "channel_attention_transfer_loss", student_features, teacher_features, dim, over_channels=False, p=p,
+        signed=signed, mean=True, distance=distance, eps=eps, add_eps=add_eps, backend=backend,
     )  # fmt: skip
 
 

@@ -9,8 +9,8 @@ from kdkernels import backends
 from kdkernels.losses import checks
 from kdkernels.losses.features import EPS, SUPPORTED, as_wide, checked, inverse_norms, normalized
 from kdkernels.losses.module import LossModule
-from kdkernels.ops.weighted_match import op as maps
-from kdkernels.ops.weighted_match.maps import oriented
+from kdkernels.ops.weighted_match import sums
+from kdkernels.ops.weighted_match.maps import of_channels
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -18,7 +18,7 @@ REDUCTIONS = ("mean", "sum", "none")
 def _reduce(x: torch.Tensor, reduction: str) -> torch.Tensor:
     if reduction == "none":
         return x
-    total = maps.ordered_sum(x)
+    total = sums.ordered_sum(x)
     return total if reduction == "sum" else total / max(x.numel(), 1)
 
 
@@ -53,15 +53,14 @@ def cosine_loss(
     """
     checks.choice("reduction", reduction, REDUCTIONS)
     checks.number("eps", eps, low=0)
-    s, t = checked(student, teacher, dim)
+    dim = checked(student, teacher, dim)
     rows = list(student.shape)
     del rows[dim]
-    backend = backends.resolve("cosine_loss", (s, t), backend, SUPPORTED)
+    backend = backends.resolve("cosine_loss", (student, teacher), backend, SUPPORTED)
     if backend == "reference":
-        x, y = (normalized(v, eps) for v in as_wide(s, t))
+        x, y = (normalized(of_channels(v, dim), eps) for v in as_wide(student, teacher))
         return _reduce(1 - (x * y).sum(1).reshape(rows), reduction)
-    (x, y), channels_last = oriented(s, t)
-    _, _, xx, yy, xy = maps.moments(x, y, lanes=not channels_last, backend=backend)
+    _, _, xx, yy, xy = sums.moments(student, teacher, channels=False, dim=dim, backend=backend)
     return _reduce(1 - (xy * inverse_norms(xx, eps) * inverse_norms(yy, eps)).reshape(rows), reduction).float()
 
 
@@ -117,7 +116,7 @@ def margin_ranking_loss(
         rows = over.clamp_min(0).sum(-1) / (classes - 1)
     rows = rows.where(kept, 0.0)
     if reduction == "mean":
-        return maps.ordered_sum(rows) / kept.sum().clamp_min(1)
+        return sums.ordered_sum(rows) / kept.sum().clamp_min(1)
     return _reduce(rows, reduction)
 
 

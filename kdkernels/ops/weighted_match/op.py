@@ -1,61 +1,24 @@
-"""The operators on feature maps, their autograd, and the choice of backend.
+"""Weighted differences of feature maps, and the distance of their attentions: operators, autograd, choice of backend.
 
-A map is (batch, rows, lanes) with its lanes side by side in memory: channels are its rows in an NCHW tensor, and its
-lanes where they come last. Weights, offsets and sums are as small as a map's rows or lanes, and what follows from them
-is plain torch: only what reads or writes a whole map is here.
+Tensors are (N, C, ...), or have their channels on another axis `dim`, and are read as they lie (maps.py). Weights, offsets
+and sums are as small as a map's channels (N, C) or pixels (N, P).
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import torch
-import torch.nn.functional as F
 
 from kdkernels.ops.library import define, first_order, graph_is_kept
 from kdkernels.ops.scalars import pack
 from kdkernels.ops.scale.op import scaled
-from kdkernels.ops.weighted_match import native, reference
+from kdkernels.ops.weighted_match import reference
+from kdkernels.ops.weighted_match.maps import Plan, as_dense, as_line, as_map, is_dense, like, of_channels, plan
 from kdkernels.ops.weighted_match.reference import MEASURES
+from kdkernels.ops.weighted_match.sums import exponent_of, kernels, needs_gradient, power_gradient_op, small
 
-MOMENTS = 5  # sums of s, t, s^2, t^2, s t
-MAP = tuple[torch.Tensor, torch.Tensor]
-
-
-def _kernels(backend: str) -> Any:
-    """The module with a backend's tile(lanes) and call(backend, entry, ...)."""
-    if backend == "triton":
-        from kdkernels.ops.weighted_match import triton
-
-        return triton
-    return native
-
-
-def _packed(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
-
-
-def _small(x: torch.Tensor | None) -> torch.Tensor | None:
-    return None if x is None else x.detach().float().contiguous()
-
-
-def ordered_sum(x: torch.Tensor) -> torch.Tensor:
-    """The sum of all elements, added in one order whatever the number of threads."""
-    x = x.reshape(-1)
-    while x.numel() > 16384:  # torch shares a single sum among threads from twice that on, but never a row of many
-        x = F.pad(x, (0, -x.numel() % 1024)).view(-1, 1024).sum(1)
-    return x.sum()
-
-
-def _shares(x: torch.Tensor, rows: bool, fields: int, tile: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    """Room for the sums of every tile: (pieces, fields, batch, rows or lanes)."""
-    batch, height, width = x.shape
-    kept, pieces = (height, -(-width // tile[1])) if rows else (width, -(-height // tile[0]))
-    return torch.empty(pieces, fields, batch, kept, dtype=dtype, device=x.device)
-
-
-def _joined(shares: torch.Tensor) -> torch.Tensor:
-    return shares[0] if shares.shape[0] == 1 else shares.sum(0, dtype=torch.float64).to(shares.dtype)
+HALF = torch.float16
 
 
 # ---- weighted differences ----
@@ -64,72 +27,73 @@ def _joined(shares: torch.Tensor) -> torch.Tensor:
 def _match(
     s: torch.Tensor,
     t: torch.Tensor,
-    row_weight: torch.Tensor | None,
-    lane_weight: torch.Tensor | None,
-    row_offset: torch.Tensor | None,
-    lane_offset: torch.Tensor | None,
+    channel_weight: torch.Tensor | None,
+    pixel_weight: torch.Tensor | None,
+    channel_offset: torch.Tensor | None,
+    pixel_offset: torch.Tensor | None,
     scalars: torch.Tensor,
     upstream: torch.Tensor | None,
     measure: int,
-    row_sums: bool,
-    lane_sums: bool,
+    dim: int,
+    channel_sums: bool,
+    pixel_sums: bool,
     want_student: bool,
     want_teacher: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    outputs = _match_fake(
-        s, t, row_weight, lane_weight, row_offset, lane_offset, scalars, upstream, measure, row_sums, lane_sums,
-        want_student, want_teacher, backend,
-    )  # fmt: skip
-    total, rows, lanes, ds, dt = outputs
+    by_s = plan(s, dim)
+    by_t = plan(t, dim, by_s.channels_last)
+    outputs = _match_outputs(s, t, by_s, by_t, channel_sums, pixel_sums, want_student, want_teacher)
+    total, channels, pixels, ds, dt = outputs
     if s.numel() == 0:
-        return total.zero_(), rows.zero_(), lanes.zero_(), ds, dt
-    s, t = _packed(s), _packed(t)
-    sides = row_weight, lane_weight, row_offset, lane_offset
-    if not row_sums and all(x is None for x in sides) and s.is_contiguous() and t.is_contiguous():
-        s, t = (x.view(x.shape[0], 1, -1) for x in (s, t))  # nothing tells a row from another: one long row
-    kernels = _kernels(backend)
-    tile = kernels.tile(s.shape[2])
-    of_rows = _shares(s, True, 2, tile, torch.float32)
-    of_lanes = _shares(s, False, 2, tile, torch.float32) if lane_sums else None
-    kernels.call(
-        backend, "feature_match", s, t, *sides, scalars, None if upstream is None else upstream.reshape(1).float(),
-        of_rows, of_lanes, ds.view(s.shape) if want_student else None, dt.view(t.shape) if want_teacher else None,
-        measure, *tile,
-    )  # fmt: skip
-    values = of_rows.select(1, 0).sum(0, dtype=torch.float64)
-    if row_weight is not None:
-        values = values * row_weight
-    total.copy_(ordered_sum(values) * scalars[1])
-    if row_sums:
-        rows = _joined(of_rows)
-    if of_lanes is not None:
-        lanes = _joined(of_lanes)
-    return total, rows, lanes, ds, dt
+        return total.zero_(), channels.zero_(), pixels.zero_(), ds, dt
+    sides = channel_weight, pixel_weight, channel_offset, pixel_offset
+    x, y = as_map(s, by_s), as_map(t, by_t)
+    d_x, d_y = as_dense(ds, by_s) if want_student else None, as_dense(dt, by_t) if want_teacher else None
+    rows, lanes = channels if channel_sums else None, pixels if pixel_sums else None
+    if by_s.channels_last:
+        sides = pixel_weight, channel_weight, pixel_offset, channel_offset
+        rows, lanes = lanes, rows
+    if sides == (None, None, None, None) and rows is None and lanes is None and is_dense(x) and is_dense(y):
+        x, y, d_x, d_y = (None if v is None else as_line(v) for v in (x, y, d_x, d_y))
+    kernels(backend)(backend, "feature_match", x, y, *sides, scalars, upstream, total, rows, lanes, d_x, d_y, measure)
+    return outputs
 
 
-def _match_fake(
-    s, t, row_weight, lane_weight, row_offset, lane_offset, scalars, upstream, measure, row_sums, lane_sums, want_student,
-    want_teacher, backend,
-):  # fmt: skip
-    batch, rows, lanes = s.shape
-    options = {"dtype": torch.float32, "device": s.device}
+def _match_outputs(
+    s: torch.Tensor, t: torch.Tensor, by_s: Plan, by_t: Plan, channels: bool, pixels: bool, student: bool, teacher: bool
+) -> tuple[torch.Tensor, ...]:
+    _, rows, lanes = by_s.shape
+    n_channels, n_pixels = (lanes, rows) if by_s.channels_last else (rows, lanes)
     return (
-        torch.empty((), **options),
-        torch.empty((2, batch, rows) if row_sums else (0,), **options),
-        torch.empty((2, batch, lanes) if lane_sums else (0,), **options),
-        torch.empty(s.shape if want_student else (0,), dtype=s.dtype, device=s.device),
-        torch.empty(t.shape if want_teacher else (0,), dtype=t.dtype, device=t.device),
+        torch.empty((), dtype=torch.float32, device=s.device),
+        torch.empty((2, s.shape[0], n_channels) if channels else 0, dtype=torch.float32, device=s.device),
+        torch.empty((2, s.shape[0], n_pixels) if pixels else 0, dtype=torch.float32, device=s.device),
+        like(s, by_s) if student else torch.empty(0, dtype=s.dtype, device=s.device),
+        like(t, by_t) if teacher else torch.empty(0, dtype=t.dtype, device=t.device),
     )
 
 
+def _match_fake(
+    s, t, channel_weight, pixel_weight, channel_offset, pixel_offset, scalars, upstream, measure, dim, channel_sums,
+    pixel_sums, want_student, want_teacher, backend,
+):  # fmt: skip
+    by_s = plan(s, dim)
+    by_t = plan(t, dim, by_s.channels_last)
+    return _match_outputs(s, t, by_s, by_t, channel_sums, pixel_sums, want_student, want_teacher)
+
+
 match_op = define(
-    "feature_match(Tensor s, Tensor t, Tensor? row_weight, Tensor? lane_weight, Tensor? row_offset, Tensor? lane_offset, "
-    "Tensor scalars, Tensor? upstream, int measure, bool row_sums, bool lane_sums, bool want_student, bool want_teacher, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "feature_match(Tensor s, Tensor t, Tensor? channel_weight, Tensor? pixel_weight, Tensor? channel_offset, "
+    "Tensor? pixel_offset, Tensor scalars, Tensor? upstream, int measure, int dim, bool channel_sums, bool pixel_sums, "
+    "bool want_student, bool want_teacher, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _match,
     _match_fake,
 )
+
+
+def _one(upstream: torch.Tensor) -> torch.Tensor:
+    return upstream.reshape(1).float()
 
 
 class Match(torch.autograd.Function):
@@ -139,44 +103,53 @@ class Match(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, s, t, row_weight, lane_weight, row_offset, lane_offset, scalars, options):
-        measure, backend = options
+    def forward(ctx, s, t, channel_weight, pixel_weight, channel_offset, pixel_offset, scalars, options):
+        measure, dim, backend = options
         want_s, want_t, *of_sides = ctx.needs_input_grad[:6]
-        sides = tuple(map(_small, (row_weight, lane_weight, row_offset, lane_offset)))
-        late = (want_s and s.dtype == torch.float16) or (want_t and t.dtype == torch.float16)
-        total, rows, lanes, ds, dt = match_op(
-            s, t, *sides, scalars, None, measure, of_sides[0] or of_sides[2], of_sides[1] or of_sides[3],
+        sides = tuple(map(small, (channel_weight, pixel_weight, channel_offset, pixel_offset)))
+        late = (want_s and s.dtype == HALF) or (want_t and t.dtype == HALF)
+        total, channels, pixels, ds, dt = match_op(
+            s, t, *sides, scalars, None, measure, dim, of_sides[0] or of_sides[2], of_sides[1] or of_sides[3],
             want_s and not late, want_t and not late, backend,
         )  # fmt: skip
         inputs = (s, t) if late else (None, None)
-        ctx.save_for_backward(total, *inputs, *sides, scalars, rows, lanes, ds, dt)
+        ctx.save_for_backward(total, *inputs, *sides, scalars, channels, pixels, ds, dt)
         ctx.late, ctx.options = late, options
         return total
 
     @staticmethod
     def backward(ctx, upstream):
-        measure, backend = ctx.options
-        total, s, t, *sides, scalars, rows, lanes, ds, dt = ctx.saved_tensors
+        measure, dim, backend = ctx.options
+        total, s, t, *sides, scalars, channels, pixels, ds, dt = ctx.saved_tensors
         want_s, want_t, *of_sides = ctx.needs_input_grad[:6]
+        maps: tuple
+        small_ones: tuple = (None, None, None, None)
         with torch.no_grad():
             if ctx.late:
                 *_, ds, dt = match_op(
-                    s, t, *sides, scalars, upstream, measure, False, False, want_s, want_t, backend
+                    s, t, *sides, scalars, _one(upstream), measure, dim, False, False, want_s, want_t, backend
                 )  # fmt: skip
-                maps: tuple = ds if want_s else None, dt if want_t else None
+                maps = ds if want_s else None, dt if want_t else None
             else:
-                made = tuple(g for g, want in ((ds, want_s), (dt, want_t)) if want)
-                grads = iter(scaled(made, upstream, backend, keep=graph_is_kept()))
-                maps = tuple(next(grads) if want else None for want in (want_s, want_t))
-            row_weight, lane_weight, *_ = sides
-            upstream = upstream * scalars[1]
-            small = (
-                upstream * rows[0] if of_sides[0] else None,
-                upstream * lanes[0] if of_sides[1] else None,
-                upstream * _times(rows[1], row_weight) if of_sides[2] else None,
-                upstream * _times(lanes[1], lane_weight) if of_sides[3] else None,
-            )
-        return (*first_order("feature_match", total, (*maps, *small)), None, None)
+                maps = _scaled((ds, dt), (want_s, want_t), upstream, backend)
+            if any(of_sides):
+                channel_weight, pixel_weight, *_ = sides
+                upstream = upstream * scalars[1]
+                small_ones = (
+                    upstream * channels[0] if of_sides[0] else None,
+                    upstream * pixels[0] if of_sides[1] else None,
+                    upstream * _times(channels[1], channel_weight) if of_sides[2] else None,
+                    upstream * _times(pixels[1], pixel_weight) if of_sides[3] else None,
+                )
+        return (*first_order("feature_match", total, (*maps, *small_ones)), None, None)
+
+
+def _scaled(
+    grads: tuple[torch.Tensor, torch.Tensor], wanted: tuple[bool, bool], upstream: torch.Tensor, backend: str
+) -> tuple[torch.Tensor | None, ...]:
+    """Stored gradients times upstream, None where they are not wanted."""
+    made = iter(scaled([g for g, want in zip(grads, wanted) if want], upstream, backend, keep=graph_is_kept()))
+    return tuple(next(made) if want else None for want in wanted)
 
 
 def _times(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
@@ -187,233 +160,158 @@ def match(
     student: torch.Tensor,
     teacher: torch.Tensor,
     *,
-    row_weight: torch.Tensor | None = None,
-    lane_weight: torch.Tensor | None = None,
-    row_offset: torch.Tensor | None = None,
-    lane_offset: torch.Tensor | None = None,
+    dim: int = 1,
+    channel_weight: torch.Tensor | None = None,
+    pixel_weight: torch.Tensor | None = None,
+    channel_offset: torch.Tensor | None = None,
+    pixel_offset: torch.Tensor | None = None,
     measure: str = "squared",
     beta: float = 1.0,
     factor: float = 1.0,
     backend: str,
 ) -> torch.Tensor:
-    """factor sum_(b,r,l) row_weight_br lane_weight_bl m(s_brl - t_brl + row_offset_br + lane_offset_bl).
+    """factor sum_(b,c,l) channel_weight_bc pixel_weight_bl m(s_bcl - t_bcl + channel_offset_bc + pixel_offset_bl).
 
     Args:
-        student, teacher: maps (batch, rows, lanes).
-        row_weight, row_offset: (batch, rows); weights are 1 and offsets 0 where not given. They get gradients.
-        lane_weight, lane_offset: (batch, lanes).
+        student, teacher: features of one shape.
+        dim: their channels' axis, not negative and not the first.
+        channel_weight, channel_offset: (batch, channels); weights are 1 and offsets 0 where not given. They get gradients.
+        pixel_weight, pixel_offset: (batch, pixels).
         measure: m(d): "squared" d^2, "absolute" |d|, or "smooth_l1", which turns linear at beta.
-        factor: what the loss is multiplied by before its gradient is rounded to the maps' dtype.
+        factor: what the loss is multiplied by before its gradient is rounded to the features' dtype.
         backend: a resolved one.
     """
-    sides = row_weight, lane_weight, row_offset, lane_offset
+    sides = channel_weight, pixel_weight, channel_offset, pixel_offset
     if backend == "reference":
-        return factor * reference.match(student, teacher, *sides, measure=measure, beta=beta)
-    return Match.apply(student, teacher, *sides, pack((beta, factor)), (MEASURES.index(measure), backend))
+        s, t = of_channels(student, dim), of_channels(teacher, dim)
+        return factor * reference.match(s, t, *sides, measure=measure, beta=beta)
+    scalars, kind = pack((beta, factor)), MEASURES.index(measure)
+    if not needs_gradient(student, teacher, *sides):
+        sides = tuple(map(small, sides))
+        return match_op(
+            student, teacher, *sides, scalars, None, kind, dim, False, False, False, False, backend
+        )[0]  # fmt: skip
+    return Match.apply(student, teacher, *sides, scalars, (kind, dim, backend))
 
 
-# ---- sums of powers ----
+# ---- the distance of two attentions ----
+
+SQUARED, MEAN, ADD_EPS, SIGNED, OVER_CHANNELS = 1, 2, 4, 8, 16  # of the operator's `flags`
 
 
-def _power_sums(
-    x: torch.Tensor, row_weight: torch.Tensor | None, lane_weight: torch.Tensor | None, scalars: torch.Tensor,
-    exponent: int, odd: bool, rows: bool, lanes: bool, backend: str,
-) -> MAP:  # fmt: skip
-    out_rows, out_lanes = _power_sums_fake(x, row_weight, lane_weight, scalars, exponent, odd, rows, lanes, backend)
-    if x.numel() == 0:
-        return out_rows.zero_(), out_lanes.zero_()
-    kernels, x = _kernels(backend), _packed(x)
-    tile = kernels.tile(x.shape[2])
-    of_rows = _shares(x, True, 1, tile, torch.float32) if rows else None
-    of_lanes = _shares(x, False, 1, tile, torch.float32) if lanes else None
-    kernels.call(
-        backend, "feature_power_sums", x, row_weight, lane_weight, scalars, of_rows, of_lanes, exponent, int(odd), *tile
-    )
-    return (
-        out_rows if of_rows is None else _joined(of_rows)[0],
-        out_lanes if of_lanes is None else _joined(of_lanes)[0],
-    )
-
-
-def _power_sums_fake(x, row_weight, lane_weight, scalars, exponent, odd, rows, lanes, backend):
-    batch, height, width = x.shape
-    options = {"dtype": torch.float32, "device": x.device}
-    return (
-        torch.empty((batch, height) if rows else (0,), **options),
-        torch.empty((batch, width) if lanes else (0,), **options),
-    )
-
-
-def _power_gradient(
-    x: torch.Tensor, row_weight: torch.Tensor | None, lane_weight: torch.Tensor | None, scalars: torch.Tensor,
-    rows: torch.Tensor | None, lanes: torch.Tensor | None, exponent: int, odd: bool, backend: str,
-) -> torch.Tensor:  # fmt: skip
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel():
-        kernels, x = _kernels(backend), _packed(x)
-        kernels.call(
-            backend, "feature_power_gradient", x, row_weight, lane_weight, scalars, _small(rows), _small(lanes), dx,
-            exponent, int(odd), *kernels.tile(x.shape[2]),
-        )  # fmt: skip
-    return dx
-
-
-def _power_gradient_fake(x, row_weight, lane_weight, scalars, rows, lanes, exponent, odd, backend):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-power_sums_op = define(
-    "feature_power_sums(Tensor x, Tensor? row_weight, Tensor? lane_weight, Tensor scalars, int exponent, bool odd, "
-    "bool rows, bool lanes, str backend) -> (Tensor, Tensor)",
-    _power_sums,
-    _power_sums_fake,
-)
-power_gradient_op = define(
-    "feature_power_gradient(Tensor x, Tensor? row_weight, Tensor? lane_weight, Tensor scalars, Tensor? rows, "
-    "Tensor? lanes, int exponent, bool odd, str backend) -> Tensor",
-    _power_gradient,
-    _power_gradient_fake,
-)
-
-
-class PowerSums(torch.autograd.Function):
-    """The weights' gradients are the same sums, with the other side's upstream as weights."""
-
-    @staticmethod
-    def forward(ctx, x, row_weight, lane_weight, scalars, options):
-        sides = _small(row_weight), _small(lane_weight)
-        rows, lanes = power_sums_op(x, *sides, scalars, *options)
-        ctx.save_for_backward(rows if rows.numel() else lanes, x, *sides, scalars)
-        ctx.options = options
-        return rows, lanes
-
-    @staticmethod
-    def backward(ctx, rows, lanes):
-        output, x, row_weight, lane_weight, scalars = ctx.saved_tensors
-        exponent, odd, of_rows, of_lanes, backend = ctx.options
-        want_x, want_row, want_lane = ctx.needs_input_grad[:3]
-        dx = d_row = d_lane = None
-        with torch.no_grad():
-            rows, lanes = _small(rows if of_rows else None), _small(lanes if of_lanes else None)
-            if want_x:
-                dx = power_gradient_op(x, row_weight, lane_weight, scalars, rows, lanes, exponent, odd, backend)
-            if want_row or want_lane:
-                d_row, d_lane = power_sums_op(
-                    x, rows, lanes, scalars, exponent, odd, want_row and of_lanes, want_lane and of_rows, backend
-                )
-        d_row, d_lane = d_row if want_row else None, d_lane if want_lane else None
-        return (*first_order("feature_power_sums", output, (dx, d_row, d_lane)), None, None)
-
-
-def power_sums(
-    x: torch.Tensor,
-    p: float,
-    *,
-    signed: bool = False,
-    rows: bool = False,
-    lanes: bool = False,
-    row_weight: torch.Tensor | None = None,
-    lane_weight: torch.Tensor | None = None,
-    backend: str,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Sums of |x|^p over the lanes of every row, (batch, rows), and over the rows of every lane, (batch, lanes).
-
-    Args:
-        x: a map (batch, rows, lanes).
-        p: at least 1; 1 to 4 are multiplications.
-        signed: x^p instead, for an integer p.
-        rows, lanes: which of the two to make, in one read; None stands for the other.
-        row_weight: (batch, rows), in the sums of the lanes. It gets a gradient.
-        lane_weight: (batch, lanes), in the sums of the rows.
-        backend: a resolved one.
-    """
-    if backend == "reference":
-        return reference.power_sums(x, p, signed, rows, lanes, row_weight, lane_weight)
-    exponent = int(p) if p in (1, 2, 3, 4) else 0
-    odd = signed and p % 2 == 1
-    options = exponent, odd, rows, lanes, backend
-    of_rows, of_lanes = PowerSums.apply(x, row_weight, lane_weight, pack((p, 0.0)), options)
-    return of_rows if rows else None, of_lanes if lanes else None
-
-
-# ---- second moments of a pair ----
-
-
-def _moments(s: torch.Tensor, t: torch.Tensor, lanes: bool, backend: str) -> torch.Tensor:
-    out = _moments_fake(s, t, lanes, backend)
-    if s.numel() == 0:
-        return out.zero_()
-    kernels, s, t = _kernels(backend), _packed(s), _packed(t)
-    tile = kernels.tile(s.shape[2])
-    shares = _shares(s, not lanes, MOMENTS, tile, torch.float64)
-    kernels.call(
-        backend, "feature_moments", s, t, None if lanes else shares, shares if lanes else None, *tile
+def _attention(
+    s: torch.Tensor, t: torch.Tensor, scalars: torch.Tensor, exponent: int, flags: int, dim: int, want_student: bool,
+    want_teacher: bool, backend: str,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    by_s, by_t = plan(s, dim), plan(t, dim)
+    outputs = _attention_outputs(s, t, by_s, by_t, flags, want_student, want_teacher)
+    total, of_s, of_t, ds, dt = outputs
+    if s.shape[0] == 0:
+        total.zero_()
+        return outputs
+    over_channels = flags & OVER_CHANNELS != 0
+    kernels(backend)(
+        backend, "feature_attention", as_map(s, by_s), as_map(t, by_t), scalars, total, of_s, of_t,
+        as_dense(ds, by_s) if want_student else None, as_dense(dt, by_t) if want_teacher else None, exponent,
+        flags & SIGNED, int(by_s.channels_last == over_channels), int(by_t.channels_last == over_channels), flags & MEAN,
+        flags & SQUARED, flags & ADD_EPS,
     )  # fmt: skip
-    return _joined(shares)
+    return outputs
 
 
-def _moments_fake(s, t, lanes, backend):
-    batch, height, width = s.shape
-    return torch.empty(MOMENTS, batch, width if lanes else height, dtype=torch.float64, device=s.device)
-
-
-def _moments_gradient(
-    s: torch.Tensor, t: torch.Tensor, upstream: torch.Tensor, lanes: bool, want_student: bool, want_teacher: bool,
-    backend: str,
-) -> MAP:  # fmt: skip
-    ds, dt = _moments_gradient_fake(s, t, upstream, lanes, want_student, want_teacher, backend)
-    if s.numel():
-        kernels, s, t = _kernels(backend), _packed(s), _packed(t)
-        kernels.call(
-            backend, "feature_moments_gradient", s, t, upstream.contiguous(), ds if want_student else None,
-            dt if want_teacher else None, int(lanes), *kernels.tile(s.shape[2]),
-        )  # fmt: skip
-    return ds, dt
-
-
-def _moments_gradient_fake(s, t, upstream, lanes, want_student, want_teacher, backend):
+def _attention_outputs(
+    s: torch.Tensor, t: torch.Tensor, by_s: Plan, by_t: Plan, flags: int, student: bool, teacher: bool
+) -> tuple[torch.Tensor, ...]:
+    keep_rows = by_s.channels_last == (flags & OVER_CHANNELS != 0)
+    kept = by_s.shape[1 if keep_rows else 2]
     return (
-        torch.empty(s.shape if want_student else (0,), dtype=s.dtype, device=s.device),
-        torch.empty(t.shape if want_teacher else (0,), dtype=t.dtype, device=t.device),
+        torch.empty((), dtype=torch.float32, device=s.device),
+        torch.empty((s.shape[0], kept), dtype=torch.float32, device=s.device),
+        torch.empty((s.shape[0], kept), dtype=torch.float32, device=s.device),
+        like(s, by_s) if student else torch.empty(0, dtype=s.dtype, device=s.device),
+        like(t, by_t) if teacher else torch.empty(0, dtype=t.dtype, device=t.device),
     )
 
 
-moments_op = define("feature_moments(Tensor s, Tensor t, bool lanes, str backend) -> Tensor", _moments, _moments_fake)
-moments_gradient_op = define(
-    "feature_moments_gradient(Tensor s, Tensor t, Tensor upstream, bool lanes, bool want_student, bool want_teacher, "
-    "str backend) -> (Tensor, Tensor)",
-    _moments_gradient,
-    _moments_gradient_fake,
+def _attention_fake(s, t, scalars, exponent, flags, dim, want_student, want_teacher, backend):
+    return _attention_outputs(s, t, plan(s, dim), plan(t, dim), flags, want_student, want_teacher)
+
+
+attention_op = define(
+    "feature_attention(Tensor s, Tensor t, Tensor scalars, int exponent, int flags, int dim, bool want_student, "
+    "bool want_teacher, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _attention,
+    _attention_fake,
 )
 
 
-class Moments(torch.autograd.Function):
+class Attention(torch.autograd.Function):
+    """The maps' gradients with the value, while the maps are in cache; float16 ones from the sums' in the backward."""
+
     @staticmethod
-    def forward(ctx, s, t, lanes, backend):
-        sums = moments_op(s, t, lanes, backend)
-        ctx.save_for_backward(sums, s, t)
-        ctx.options = lanes, backend
-        return sums
+    def forward(ctx, s, t, scalars, options):
+        exponent, flags, dim, backend = options
+        want_s, want_t = ctx.needs_input_grad[:2]
+        late = (want_s and s.dtype == HALF) or (want_t and t.dtype == HALF)
+        total, by_s, by_t, ds, dt = attention_op(
+            s, t, scalars, exponent, flags, dim, want_s and not late, want_t and not late, backend
+        )
+        kept = (s, t, by_s, by_t) if late else (None, None, None, None)
+        ctx.save_for_backward(total, *kept, scalars, ds, dt)
+        ctx.late, ctx.options = late, options
+        return total
 
     @staticmethod
     def backward(ctx, upstream):
-        sums, s, t = ctx.saved_tensors
-        lanes, backend = ctx.options
+        exponent, flags, dim, backend = ctx.options
+        total, s, t, by_s, by_t, scalars, ds, dt = ctx.saved_tensors
         want_s, want_t = ctx.needs_input_grad[:2]
         with torch.no_grad():
-            ds, dt = moments_gradient_op(s, t, upstream, lanes, want_s, want_t, backend)
-        return (*first_order("feature_moments", sums, (ds if want_s else None, dt if want_t else None)), None, None)
+            if not ctx.late:
+                grads = _scaled((ds, dt), (want_s, want_t), upstream, backend)
+            else:
+                odd = flags & SIGNED != 0
+                grads = tuple(
+                    power_gradient_op(
+                        x, None, None, scalars, None if flags & OVER_CHANNELS else upstream * by,
+                        upstream * by if flags & OVER_CHANNELS else None, exponent, odd, dim, backend,
+                    ) if want else None
+                    for x, by, want in ((s, by_s, want_s), (t, by_t, want_t))
+                )  # fmt: skip
+        return (*first_order("feature_attention", total, grads), None, None)
 
 
-def moments(student: torch.Tensor, teacher: torch.Tensor, *, lanes: bool, backend: str) -> torch.Tensor:
-    """Sums of s, t, s^2, t^2 and s t over the rows of every lane, or over the lanes of every row.
+def attention(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    p: float,
+    *,
+    over_channels: bool,
+    signed: bool,
+    mean: bool,
+    squared: bool,
+    eps: float,
+    add_eps: bool,
+    dim: int,
+    backend: str,
+) -> torch.Tensor:
+    """The mean over samples of the mean squared difference, or of the distance, of two attentions a = A / |A|.
+
+    A are sums (or means) of |x|^p over the channels of every pixel, or over the pixels of every channel.
 
     Args:
-        student, teacher: maps (batch, rows, lanes).
-        lanes: keep the lanes.
+        student, teacher: features with as many samples, and as many pixels (channels).
+        p: at least 1.
+        over_channels: sum over these; else over the pixels.
+        signed: x^p instead, for an integer p.
+        squared: the squares' mean over what is left, instead of each sample's distance.
+        eps, add_eps: the least norm, or what is added to it.
+        dim: the channels' axis, not negative.
         backend: a resolved one, not "reference".
-
-    Returns:
-        float64 (5, batch, lanes or rows): so many digits that neither variances nor correlations lose any.
     """
-    return Moments.apply(student, teacher, lanes, backend)
+    flags = SQUARED * squared + MEAN * mean + ADD_EPS * add_eps + OVER_CHANNELS * over_channels
+    flags += SIGNED * (signed and math.fmod(p, 2) == 1)
+    scalars, exponent = pack((p, eps)), exponent_of(p)
+    if not needs_gradient(student, teacher):
+        return attention_op(student, teacher, scalars, exponent, flags, dim, False, False, backend)[0]
+    return Attention.apply(student, teacher, scalars, (exponent, flags, dim, backend))
