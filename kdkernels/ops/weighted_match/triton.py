@@ -12,15 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
+from kdkernels.native import View
 from kdkernels.ops.triton_util import cast
+from kdkernels.ops.weighted_match.sums import MOMENTS, ordered_sum
 
 TILE_ROWS, MOST_LANES, ELEMENTS = 64, 512, 2048  # of a tile, and of what a program holds at a time
 SQUARED, ABSOLUTE, SMOOTH_L1 = 0, 1, 2
-
-
-def tile(lanes: int) -> tuple[int, int]:
-    """Rows and lanes of a tile, of a map with this many lanes."""
-    return TILE_ROWS, min(MOST_LANES, max(16, triton.next_power_of_2(lanes)))
 
 
 @triton.jit
@@ -152,7 +149,7 @@ def power_gradient_kernel(
 
 @triton.jit
 def match_kernel(
-    s, t, row_weight, lane_weight, row_offset, lane_offset, upstream, rows, lanes, ds, dt, batch, height, width,
+    s, t, row_weight, lane_weight, row_offset, lane_offset, upstream, each, rows, lanes, ds, dt, batch, height, width,
     s_batch, s_row, t_batch, t_row, tile_rows, beta, factor, MEASURE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     lane_piece, row_piece, b, row, end, lane = _tile(height, width, tile_rows, LANES)
@@ -166,6 +163,7 @@ def match_kernel(
     scale = factor
     if upstream is not None:
         scale *= tl.load(upstream)
+    total = tl.zeros([ROWS], tl.float64)
     values = tl.zeros([LANES], tl.float32)
     slopes = tl.zeros([LANES], tl.float32)
     for r0 in range(row, end, ROWS):
@@ -189,9 +187,10 @@ def match_kernel(
             value = slope * (d - 0.5 * beta * slope)
         value = tl.where(inside, value, 0.0)
         slope = tl.where(inside, slope, 0.0)
+        of_row = tl.sum(value * weight[None, :], 1)
+        total += (of_row * by_row).to(tl.float64)
         if rows is not None:
-            at = _share(rows, lane_piece, 0, 2, b, batch, height) + r
-            tl.store(at, tl.sum(value * weight[None, :], 1), mask=r < end)
+            tl.store(_share(rows, lane_piece, 0, 2, b, batch, height) + r, of_row, mask=r < end)
             at = _share(rows, lane_piece, 1, 2, b, batch, height) + r
             tl.store(at, tl.sum(slope * weight[None, :], 1), mask=r < end)
         if lanes is not None:
@@ -203,9 +202,82 @@ def match_kernel(
             tl.store(ds + out, cast(g, ds.dtype.element_ty), mask=inside)
         if dt is not None:
             tl.store(dt + out, cast(-g, dt.dtype.element_ty), mask=inside)
+    tl.store(each + tl.program_id(0), tl.sum(total, 0))
     if lanes is not None:
         tl.store(_share(lanes, row_piece, 0, 2, b, batch, width) + lane, values, mask=known)
         tl.store(_share(lanes, row_piece, 1, 2, b, batch, width) + lane, slopes, mask=known)
+
+
+@triton.jit
+def _attend(x, b, at, kept, inverse):
+    return tl.load(x + b * kept + at, mask=at < kept, other=0.0).to(tl.float64) * inverse
+
+
+@triton.jit
+def _double(n):
+    return tl.full((), 0.0, tl.float64) + n  # n may be a constant
+
+
+@triton.jit
+def _norm(squares, over, eps, MEAN: tl.constexpr, ADD_EPS: tl.constexpr):
+    """One over an attention's norm, and how much of the gradient along it the norm takes away; 0 where there is none."""
+    share = 1.0 / _double(over) if MEAN else _double(1.0)
+    norm = tl.sqrt(squares) * share
+    least = _double(eps)
+    if ADD_EPS:
+        divisor = norm + least
+        bend = divisor / tl.where(norm == 0.0, 1.0, norm)
+    else:
+        divisor = tl.where(norm <= least, least, norm)
+        bend = tl.where(norm <= least, 0.0, 1.0)
+    return tl.where(norm == 0.0, 0.0, share / tl.where(norm == 0.0, 1.0, divisor)), bend
+
+
+@triton.jit
+def compare_kernel(
+    s, t, each, batch, kept, over_s, over_t, eps, MEAN: tl.constexpr, SQUARED_: tl.constexpr, ADD_EPS: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """The loss of one image from its sums of powers, which become the gradients by them; all in float64."""
+    b = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, LANES)
+    squares_s = tl.zeros([LANES], tl.float64)
+    squares_t = tl.zeros([LANES], tl.float64)
+    for first in range(0, kept, LANES):
+        u = _attend(s, b, first + lanes, kept, 1.0)
+        v = _attend(t, b, first + lanes, kept, 1.0)
+        squares_s += u * u
+        squares_t += v * v
+    inverse_s, bend_s = _norm(tl.sum(squares_s, 0), over_s, eps, MEAN, ADD_EPS)
+    inverse_t, bend_t = _norm(tl.sum(squares_t, 0), over_t, eps, MEAN, ADD_EPS)
+    squares = tl.zeros([LANES], tl.float64)
+    along_s = tl.zeros([LANES], tl.float64)
+    along_t = tl.zeros([LANES], tl.float64)
+    for first in range(0, kept, LANES):
+        u = _attend(s, b, first + lanes, kept, inverse_s)
+        v = _attend(t, b, first + lanes, kept, inverse_t)
+        squares += (u - v) * (u - v)
+        along_s += (u - v) * u
+        along_t += (u - v) * v
+    value = tl.sum(squares, 0)
+    by_s = tl.sum(along_s, 0) * bend_s
+    by_t = tl.sum(along_t, 0) * bend_t
+    if SQUARED_:
+        scale = 1.0 / (_double(batch) * kept)
+        slope = 2.0 * scale
+    else:
+        value = tl.sqrt(value)
+        scale = 1.0 / _double(batch)
+        slope = tl.where(value == 0.0, 0.0, scale / tl.where(value == 0.0, 1.0, value))
+    tl.store(each + b, value * scale)
+    for first in range(0, kept, LANES):
+        at = first + lanes
+        u = _attend(s, b, at, kept, inverse_s)
+        v = _attend(t, b, at, kept, inverse_t)
+        ds = inverse_s * slope * (u - v - by_s * u)
+        dt = inverse_t * slope * (by_t * v - u + v)
+        tl.store(s + b * kept + at, ds.to(tl.float32), mask=at < kept)
+        tl.store(t + b * kept + at, dt.to(tl.float32), mask=at < kept)
 
 
 @triton.jit
@@ -227,7 +299,7 @@ def moments_kernel(
         y = _load(t, b, r, lane, inside, t_batch, t_row).to(tl.float64)
         if rows is not None:
             at = _share(rows, lane_piece, 0, 5, b, batch, height) + r
-            field = batch.to(tl.int64) * height
+            field = (b * 0 + batch) * height
             tl.store(at, tl.sum(x, 1), mask=r < end)
             tl.store(at + field, tl.sum(y, 1), mask=r < end)
             tl.store(at + 2 * field, tl.sum(x * x, 1), mask=r < end)
@@ -241,7 +313,7 @@ def moments_kernel(
             sum_xy += tl.sum(x * y, 0)
     if lanes is not None:
         to = _share(lanes, row_piece, 0, 5, b, batch, width) + lane
-        step = batch.to(tl.int64) * width
+        step = (b * 0 + batch) * width
         tl.store(to, sum_x, mask=lane < width)
         tl.store(to + step, sum_y, mask=lane < width)
         tl.store(to + 2 * step, sum_xx, mask=lane < width)
@@ -262,11 +334,11 @@ def moments_gradient_kernel(
         a = _load(x, b, r, lane, inside, x_batch, x_row).to(tl.float64)
         c = _load(y, b, r, lane, inside, y_batch, y_row).to(tl.float64)
         if OF_LANES:
-            field = batch.to(tl.int64) * width
+            field = (b * 0 + batch) * width
             at = (upstream + b * width + lane)[None, :]
             mask = (lane < width)[None, :]
         else:
-            field = batch.to(tl.int64) * height
+            field = (b * 0 + batch) * height
             at = (upstream + b * height + r)[:, None]
             mask = (r < end)[:, None]
         g = tl.load(at + first * field, mask=mask, other=0.0)
@@ -284,62 +356,109 @@ def _on(x: torch.Tensor) -> Any:
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
-def _grid(x: torch.Tensor, tile_rows: int, tile_lanes: int) -> tuple[tuple[int], dict[str, int]]:
-    batch, height, width = x.shape
-    programs = batch * triton.cdiv(height, tile_rows) * triton.cdiv(width, tile_lanes)
-    return (programs,), {"ROWS": max(1, ELEMENTS // tile_lanes), "LANES": tile_lanes, "num_warps": 4}
+class _Launch:
+    """A grid of tiles over a map, and where their shares of a sum go until they are added in order."""
+
+    def __init__(self, x: torch.Tensor):
+        self.x = x
+        self.batch, self.height, self.width = x.shape
+        lanes = min(MOST_LANES, max(16, triton.next_power_of_2(self.width)))
+        self.pieces = triton.cdiv(self.width, lanes), triton.cdiv(self.height, TILE_ROWS)  # of rows, of lanes
+        self.grid = (self.batch * self.pieces[0] * self.pieces[1],)
+        self.options = {"ROWS": max(1, ELEMENTS // lanes), "LANES": lanes, "num_warps": 4}
+
+    def shares(self, out: torch.Tensor | None, fields: int, lanes: bool) -> torch.Tensor | None:
+        """(pieces, fields, batch, rows or lanes) for the sums `out`, or itself where there is one piece."""
+        if out is None or self.pieces[lanes] == 1:
+            return out
+        kept = self.width if lanes else self.height
+        return torch.empty(self.pieces[lanes], fields, self.batch, kept, dtype=out.dtype, device=out.device)
 
 
-def feature_power_sums(x, row_weight, lane_weight, scalars, rows, lanes, exponent, odd, tile_rows, tile_lanes):
-    grid, options = _grid(x, tile_rows, tile_lanes)
-    p, _ = scalars.tolist()
-    power_sums_kernel[grid](
-        x, row_weight, lane_weight, rows, lanes, *x.shape, *x.stride()[:2], tile_rows, p, exponent, odd != 0, **options
-    )
+def _join(out: torch.Tensor | None, shares: torch.Tensor | None) -> None:
+    if out is not None and shares is not None and shares is not out:
+        out.copy_(shares.sum(0, dtype=torch.float64).view(out.shape))
 
 
-def feature_power_gradient(
-    x, row_weight, lane_weight, scalars, rows, lanes, dx, exponent, odd, tile_rows, tile_lanes
-):  # fmt: skip
-    grid, options = _grid(x, tile_rows, tile_lanes)
-    p, _ = scalars.tolist()
-    power_gradient_kernel[grid](
-        x, row_weight, lane_weight, rows, lanes, dx, *x.shape[1:], *x.stride()[:2], tile_rows, p, exponent, odd != 0,
-        **options,
+def feature_power_sums(x, row_weight, lane_weight, scalars, rows, lanes, exponent, odd):
+    launch = _Launch(x)
+    of_rows, of_lanes = launch.shares(rows, 1, False), launch.shares(lanes, 1, True)
+    power_sums_kernel[launch.grid](
+        x, row_weight, lane_weight, of_rows, of_lanes, *x.shape, *x.stride()[:2], TILE_ROWS, scalars.tolist()[0],
+        exponent, odd != 0, **launch.options,
     )  # fmt: skip
+    _join(rows, of_rows)
+    _join(lanes, of_lanes)
+
+
+def feature_power_gradient(x, row_weight, lane_weight, scalars, rows, lanes, dx, exponent, odd):
+    launch = _Launch(x)
+    power_gradient_kernel[launch.grid](
+        x, row_weight, lane_weight, rows, lanes, dx, *x.shape[1:], *x.stride()[:2], TILE_ROWS, scalars.tolist()[0],
+        exponent, odd != 0, **launch.options,
+    )  # fmt: skip
+
+
+def feature_attention(
+    s, t, scalars, total, by_s, by_t, ds, dt, exponent, odd, rows_of_s, rows_of_t, mean, squared, add_eps
+):  # fmt: skip
+    for x, by, of_rows in ((s, by_s, rows_of_s), (t, by_t, rows_of_t)):
+        rows, lanes = (by, None) if of_rows else (None, by)
+        feature_power_sums(x, None, None, scalars, rows, lanes, exponent, odd)
+    batch, kept = by_s.shape
+    each = torch.empty(batch, dtype=torch.float64, device=s.device)
+    over = [x.shape[2 if of_rows else 1] for x, of_rows in ((s, rows_of_s), (t, rows_of_t))]
+    lanes = min(1024, max(16, triton.next_power_of_2(kept)))
+    compare_kernel[(batch,)](
+        by_s, by_t, each, batch, kept, *over, scalars.tolist()[1], mean != 0, squared != 0, add_eps != 0, lanes
+    )
+    total.copy_(ordered_sum(each))
+    for x, by, of_rows, dx in ((s, by_s, rows_of_s, ds), (t, by_t, rows_of_t, dt)):
+        if dx is not None:
+            rows, lanes = (by, None) if of_rows else (None, by)
+            feature_power_gradient(x, None, None, scalars, rows, lanes, dx, exponent, odd)
 
 
 def feature_match(
-    s, t, row_weight, lane_weight, row_offset, lane_offset, scalars, upstream, rows, lanes, ds, dt, measure, tile_rows,
-    tile_lanes,
-):  # fmt: skip
-    grid, options = _grid(s, tile_rows, tile_lanes)
+    s, t, row_weight, lane_weight, row_offset, lane_offset, scalars, upstream, total, rows, lanes, ds, dt, measure
+):
+    launch = _Launch(s)
     beta, factor = scalars.tolist()
-    match_kernel[grid](
-        s, t, row_weight, lane_weight, row_offset, lane_offset, upstream, rows, lanes, ds, dt, *s.shape,
-        *s.stride()[:2], *t.stride()[:2], tile_rows, beta, factor, measure, **options,
+    of_rows, of_lanes = launch.shares(rows, 2, False), launch.shares(lanes, 2, True)
+    each = torch.empty(launch.grid, dtype=torch.float64, device=s.device)
+    match_kernel[launch.grid](
+        s, t, row_weight, lane_weight, row_offset, lane_offset, upstream, each, of_rows, of_lanes, ds, dt, *s.shape,
+        *s.stride()[:2], *t.stride()[:2], TILE_ROWS, beta, factor, measure, **launch.options,
     )  # fmt: skip
+    total.copy_(ordered_sum(each) * factor)
+    _join(rows, of_rows)
+    _join(lanes, of_lanes)
 
 
-def feature_moments(s, t, rows, lanes, tile_rows, tile_lanes):
-    grid, options = _grid(s, tile_rows, tile_lanes)
-    moments_kernel[grid](s, t, rows, lanes, *s.shape, *s.stride()[:2], *t.stride()[:2], tile_rows, **options)
+def feature_moments(s, t, rows, lanes):
+    launch = _Launch(s)
+    of_rows, of_lanes = launch.shares(rows, MOMENTS, False), launch.shares(lanes, MOMENTS, True)
+    moments_kernel[launch.grid](
+        s, t, of_rows, of_lanes, *s.shape, *s.stride()[:2], *t.stride()[:2], TILE_ROWS, **launch.options
+    )
+    _join(rows, of_rows)
+    _join(lanes, of_lanes)
 
 
-def feature_moments_gradient(s, t, upstream, ds, dt, of_lanes, tile_rows, tile_lanes):
-    grid, options = _grid(s, tile_rows, tile_lanes)
+def feature_moments_gradient(s, t, upstream, ds, dt, of_lanes):
+    launch = _Launch(s)
     for first, (x, y, dx) in enumerate(((s, t, ds), (t, s, dt))):
         if dx is not None:
-            moments_gradient_kernel[grid](
-                x, y, upstream, dx, first, *s.shape, *x.stride()[:2], *y.stride()[:2], tile_rows, of_lanes != 0,
-                **options,
+            moments_gradient_kernel[launch.grid](
+                x, y, upstream, dx, first, *s.shape, *x.stride()[:2], *y.stride()[:2], TILE_ROWS, of_lanes != 0,
+                **launch.options,
             )  # fmt: skip
 
 
-def call(backend: str, name: str, x: torch.Tensor, *args: Any) -> None:
+def call(backend: str, name: str, x: View, *args: Any) -> None:
     """The entry of this name; the arguments are op.py's."""
-    with _on(x):
-        globals()[name](x, *args)
+    with _on(x.tensor):
+        globals()[name](*(a.materialise() if isinstance(a, View) else a for a in (x, *args)))
 
 
 def aot_signatures() -> list[dict]:
@@ -352,6 +471,7 @@ def aot_signatures() -> list[dict]:
         small = {"rows": "*fp32", "lanes": "*fp32"}
         none = dict.fromkeys(("row_weight", "lane_weight", "row_offset", "lane_offset", "upstream", "dt"))
         double = {"rows": "*fp64", "lanes": None, "upstream": "*fp64"}
+        small["each"] = "*fp64"
         for name, kernel, own, constexprs in (
             ("sums of squares", power_sums_kernel, {**none, **small, "rows": None}, {"EXPONENT": 2, "ODD": False}),
             ("their gradient", power_gradient_kernel, {**none, **small, "rows": None}, {"EXPONENT": 2, "ODD": False}),
@@ -370,6 +490,17 @@ def aot_signatures() -> list[dict]:
                 "divisible": [n for n, t in types.items() if t.startswith("*") or n in DIVISIBLE],
                 "num_warps": 4, "num_stages": 3,
             })  # fmt: skip
+    flags = {"MEAN": True, "SQUARED_": True, "ADD_EPS": False, "LANES": 1024}
+    types = dict.fromkeys(compare_kernel.arg_names, "i32") | {
+        "s": "*fp32",
+        "t": "*fp32",
+        "each": "*fp64",
+        "eps": "fp32",
+    }
+    rows.append({
+        "name": "comparison of attentions", "kernel": compare_kernel, "signature": types | dict.fromkeys(flags, "constexpr"),
+        "constexprs": flags, "divisible": ["s", "t", "each"], "num_warps": 4, "num_stages": 3,
+    })  # fmt: skip
     return rows
 
 
