@@ -41,7 +41,8 @@ def _plan(shape: tuple[int, ...], stride: tuple[int, ...], dim: int, channels_la
         pixels *= shape[d]
     if channels_last is None:
         step = found[1] if found else 0
-        channels_last = bool(pixels == 1 or (stride[dim] == 1 and step != 1))
+        # `not`, for with symbolic sizes a comparison is no bool yet.
+        channels_last = not (pixels != 1 and (stride[dim] != 1 or step == 1))
     rows, lanes = (pixels, channels) if channels_last else (channels, pixels)
     steps = (found[1] if found else 0, stride[dim])
     by_row, by_lane = steps if channels_last else steps[::-1]
@@ -49,7 +50,7 @@ def _plan(shape: tuple[int, ...], stride: tuple[int, ...], dim: int, channels_la
     for d in reversed([0, *axes, dim] if channels_last else [0, dim, *axes]):
         dense[d] = size
         size *= shape[d]
-    readable = found is not None and bool(by_lane == 1 or lanes == 1)
+    readable = found is not None and not (by_lane != 1 and lanes != 1)
     whole = all(a == b or n == 1 for a, b, n in zip(stride, dense, shape))
     if whole:
         map_stride = (rows * lanes, lanes, 1)

@@ -213,7 +213,7 @@ def _attention(
     kernels(backend)(
         backend, "feature_attention", as_map(s, by_s), as_map(t, by_t), scalars, total, of_s, of_t,
         as_dense(ds, by_s) if want_student else None, as_dense(dt, by_t) if want_teacher else None, exponent,
-        flags & SIGNED, int(by_s.channels_last == over_channels), int(by_t.channels_last == over_channels), flags & MEAN,
+        flags & SIGNED, by_s.channels_last == over_channels, by_t.channels_last == over_channels, flags & MEAN,
         flags & SQUARED, flags & ADD_EPS,
     )  # fmt: skip
     return outputs

@@ -213,7 +213,7 @@ def _moments_gradient(
         kernels(backend)(
             backend, "feature_moments_gradient", as_map(s, by_s), as_map(t, by_t), upstream.contiguous(),
             as_dense(ds, by_s) if want_student else None, as_dense(dt, by_t) if want_teacher else None,
-            int(channels == by_s.channels_last),
+            channels == by_s.channels_last,
         )  # fmt: skip
     return ds, dt
 
