@@ -24,6 +24,7 @@ def on_files(files: Any, config: Any) -> Any:
     made = reference.pages()
     # CONTRIBUTING.md is the repository's; its one relative link has no place here.
     made["contributing.md"] = (reference.ROOT / "CONTRIBUTING.md").read_text()
+    made["distributed.md"] = with_formulas((reference.ROOT / "kdkernels/distributed/README.md").read_text())
     made["changelog.md"] = (reference.ROOT / "CHANGELOG.md").read_text()
     for path, text in made.items():
         files.append(File.generated(config, path, content=text))
