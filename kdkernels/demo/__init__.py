@@ -2,7 +2,8 @@
 
 data.py, models.py and train.py know nothing of a particular loss; an experiment puts them together and shows what came
 out: classification.py with report.py (labels and a teacher's scores), relations.py (a teacher's relations between images),
-language.py (a language model's text and its judgement of a student's).
+language.py (a language model's text and its judgement of a student's), schemes.py with ways.py (kdkernels.schemes), and
+everything.py (all of it in one table).
 """
 
 from __future__ import annotations
@@ -75,7 +76,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--scheme", type=_scheme, metavar="NAME", help="a way of training against labels alone: mutual, online, ema, "
-        "auxiliary-heads, born-again, assistant, earlier-epoch, annealed; no --task, --loss or --plot beside it",
+        "ensemble, temporal, earlier-epoch, auxiliary-heads, early-exit, born-again, assistant, annealed, capacity, "
+        "confidence, learnable-temperature, semi-supervised, synthetic, lwf (two tasks in turn), anchor; of text: sequence, "
+        "on-policy; no --task, --loss or --plot beside it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--all", dest="everything", action="store_true", help="one table of every scheme, and of every loss that digits or "
+        "text can show; no --task, --scheme, --loss or --plot beside it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quick", action="store_true", help="as little training as shows that it runs: --epochs 2 --students 1 "
+        "--teacher-epochs 1 unless given, and --no-large",
     )  # fmt: skip
     parser.add_argument(
         "--weight", type=_number(float, 0), help="of a relational loss beside the labels' (default: its own)"
@@ -83,11 +94,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=_number(int, 0), default=0, help="same seed, same numbers (default: %(default)s)"
     )
-    parser.add_argument("--epochs", type=_number(int, 1), default=100, help="of every student (default: %(default)s)")
+    parser.add_argument("--epochs", type=_number(int, 1), help="of every student (default: 100)")
     parser.add_argument(
-        "--students", type=_number(int, 1), default=10, help="how many, for mean and spread (default: %(default)s)"
+        "--students", type=_number(int, 1), help="how many, for mean and spread (default: 10, with --all 3)"
     )
-    parser.add_argument("--teacher-epochs", type=_number(int, 1), default=12, help="(default: %(default)s)")
+    parser.add_argument("--teacher-epochs", type=_number(int, 1), help="(default: 12)")
     parser.add_argument("--temperature", type=_number(float, 0, above=True), default=4.0, help="(default: %(default)s)")
     parser.add_argument(
         "--alpha", type=_number(float, 0, 1), default=0.9, help="the distillation term's weight (default: %(default)s)"
@@ -108,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
     """Trains, prints, draws. Returns the exit code: 0, or 2 where the backend asked for cannot run."""
     from kdkernels.backends import BackendError
     from kdkernels.cli.console import progress
-    from kdkernels.demo import classification, language, relations, report, schemes, segmentation
+    from kdkernels.demo import classification, everything, language, relations, report, schemes, segmentation
 
     loss = args.loss or (relations.FEATURES[0] if args.task == "features" else SCORES)
     if args.task == "features" and loss not in relations.FEATURES:
@@ -125,13 +136,20 @@ def run(args: argparse.Namespace) -> int:
     if args.scheme and (args.task != TASKS[0] or args.loss or args.plot):
         print("kdkernels demo: --scheme takes neither --task, --loss nor --plot", file=sys.stderr)
         return 2
+    if args.everything and (args.task != TASKS[0] or args.loss or args.scheme or args.plot):
+        print("kdkernels demo: --all takes neither --task, --loss, --scheme nor --plot", file=sys.stderr)
+        return 2
+    epochs, students, teacher_epochs = (2, 1, 1) if args.quick else (100, 3 if args.everything else 10, 12)
     common = {
-        "seed": args.seed, "epochs": args.epochs, "students": args.students, "teacher_epochs": args.teacher_epochs,
-        "backend": args.backend, "device": args.device,
+        "seed": args.seed, "epochs": args.epochs or epochs, "students": args.students or students,
+        "teacher_epochs": args.teacher_epochs or teacher_epochs, "backend": args.backend, "device": args.device,
     }  # fmt: skip
     experiment: Any
     config: Any
-    if args.scheme:
+    if args.everything:
+        experiment = shown = everything
+        config = everything.Config(**common)
+    elif args.scheme:
         experiment = shown = schemes
         config = schemes.Config(**common, scheme=args.scheme)
     elif args.task == "lm":
@@ -142,7 +160,9 @@ def run(args: argparse.Namespace) -> int:
         config = segmentation.Config(**common)
     elif loss == SCORES:
         experiment, shown = classification, report
-        config = classification.Config(**common, temperature=args.temperature, alpha=args.alpha, large=args.large)
+        config = classification.Config(
+            **common, temperature=args.temperature, alpha=args.alpha, large=args.large and not args.quick
+        )
     else:
         experiment = shown = relations
         config = relations.Config(**common, loss=loss, weight=args.weight)

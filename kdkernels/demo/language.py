@@ -21,13 +21,13 @@ import kdkernels
 from kdkernels.cli.console import print_table
 from kdkernels.demo import models
 from kdkernels.demo.classification import described, one_thread
+from kdkernels.schemes import TeacherSequences
 
 if TYPE_CHECKING:
     from kdkernels.cli.console import Reporter
 
 LENGTH, BATCH, PROMPT = 64, 16, 16
 HELD_OUT, SEEN = 40_000, 15_000  # characters
-TEACHER_WRITES = 128  # sequences
 ALONE, SEQUENCES, ON_POLICY = "its text alone", "the teacher's text too", "the teacher on its own text"
 
 
@@ -37,6 +37,7 @@ class Config:
     teacher_steps: int = 400
     start_steps: int = 200
     more_steps: int = 150
+    writes: int = 128  # sequences of the teacher
     beta: float = 0.5
     backend: str = "auto"
     device: str | None = None
@@ -140,73 +141,92 @@ def train(
         advance()
 
 
+class Lesson:
+    """A trained teacher, and what its students do."""
+
+    def __init__(self, config: Config, bar: Reporter):
+        self.config, self.bar, self.device = config, bar, config.torch_device()
+        self.backend = kdkernels.backends.resolve(
+            "linear_js_div", (torch.empty(0, device=self.device),), config.backend
+        )
+        self.text = Text(self.device)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.completion = (torch.arange(LENGTH, device=self.device) >= PROMPT).expand(BATCH, -1)
+        bar.step("teacher")
+        self.teacher = self.made(96, 2, config.seed)
+        self.train(self.teacher, config.teacher_steps, 2e-3, lambda: self.on(self.teacher, self.drawn(self.text.train)))
+        self.ways = {ALONE: self.alone, SEQUENCES: self.sequences, ON_POLICY: self.on_policy}
+
+    def made(self, width: int, layers: int, seed: int) -> Transformer:
+        model = models.seeded(lambda: Transformer(self.text.classes, width, layers), seed, self.device)
+        assert isinstance(model, Transformer)
+        return model
+
+    def drawn(self, text: torch.Tensor, count: int = BATCH, length: int = LENGTH) -> torch.Tensor:
+        return draw(text, count, length, self.generator)
+
+    def train(self, model: Transformer, steps: int, rate: float, loss: Callable[[], torch.Tensor]) -> None:
+        train(model, steps, rate, loss, self.bar.advance)
+
+    def perplexity(self, model: Transformer) -> float:
+        return perplexity(model, self.text.test)
+
+    def begun(self, seed: int) -> Transformer:
+        """A student who has read its own text for a while."""
+        model = self.made(48, 1, seed)
+        self.train(model, self.config.start_steps, 3e-3, lambda: self.on(model, self.drawn(self.text.seen)))
+        return model
+
+    def written(self) -> TeacherSequences:
+        prompts = self.drawn(self.text.seen, self.config.writes, PROMPT)
+        return TeacherSequences.write(
+            lambda p: self.teacher.write(p, self.generator), prompts, batch_size=self.config.writes
+        )
+
+    def further(self, first: Transformer, way: str, written: TeacherSequences) -> float:
+        """The perplexity of a copy of it that goes on in this way."""
+        model = self.made(48, 1, 0)
+        model.load_state_dict(first.state_dict())
+        self.train(model, self.config.more_steps, 1e-3, lambda: self.ways[way](model, written))
+        return self.perplexity(model)
+
+    def on(self, model: Transformer, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return kdkernels.linear_sequence_loss(
+            model.hidden(tokens), model.head.weight, tokens, mask, backend=self.config.backend
+        )
+
+    def alone(self, model: Transformer, written: TeacherSequences) -> torch.Tensor:
+        return self.on(model, self.drawn(self.text.seen))
+
+    def sequences(self, model: Transformer, written: TeacherSequences) -> torch.Tensor:
+        return self.on(model, *written.draw(BATCH, self.generator)) + self.alone(model, written)
+
+    def on_policy(self, model: Transformer, written: TeacherSequences) -> torch.Tensor:
+        tokens = model.write(self.drawn(self.text.seen, BATCH, PROMPT), self.generator)
+        with torch.no_grad():
+            judged = self.teacher.hidden(tokens)
+        # What the student wrote after the prompt, and was at that time predicting.
+        return kdkernels.linear_generalized_js_div(
+            model.hidden(tokens), model.head.weight, judged, self.teacher.head.weight.detach(), beta=self.config.beta,
+            weight=self.completion.roll(-1, 1), compact=True, backend=self.config.backend,
+        ) + self.alone(model, written)  # fmt: skip
+
+
 def run(config: Config, bar: Reporter) -> Outcome:
     """Trains a teacher, a student to begin with, and that student on in three ways."""
     with one_thread():
-        return _run(config, bar)
-
-
-def _run(config: Config, bar: Reporter) -> Outcome:
-    device = config.torch_device()
-    backend = kdkernels.backends.resolve("linear_js_div", (torch.empty(0, device=device),), config.backend)
-    text = Text(device)
-    generator = torch.Generator().manual_seed(config.seed)
-
-    def on(model: Transformer, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        return kdkernels.linear_sequence_loss(
-            model.hidden(tokens), model.head.weight, tokens, mask, backend=config.backend
-        )
-
-    bar.step("teacher")
-    teacher = models.seeded(lambda: Transformer(text.classes, 96, 2), config.seed, device)
-    assert isinstance(teacher, Transformer)
-    train(
-        teacher,
-        config.teacher_steps,
-        2e-3,
-        lambda: on(teacher, draw(text.train, BATCH, LENGTH, generator)),
-        bar.advance,
-    )
-
-    def student() -> Transformer:
-        made = models.seeded(lambda: Transformer(text.classes, 48, 1), config.seed + 1, device)
-        assert isinstance(made, Transformer)
-        return made
-
-    bar.step("student, to begin with")
-    first = student()
-    train(first, config.start_steps, 3e-3, lambda: on(first, draw(text.seen, BATCH, LENGTH, generator)), bar.advance)
-
-    outcome = Outcome(
-        config, device, described(backend), (len(text.train), len(text.seen), len(text.test)),
-        (models.parameters(teacher), models.parameters(first)), perplexity(teacher, text.test), perplexity(first, text.test),
-    )  # fmt: skip
-    written = teacher.write(draw(text.seen, TEACHER_WRITES, PROMPT, generator), generator)
-    completion = (torch.arange(LENGTH, device=device) >= PROMPT).expand(BATCH, -1)
-
-    def alone(model: Transformer) -> torch.Tensor:
-        return on(model, draw(text.seen, BATCH, LENGTH, generator))
-
-    def sequences(model: Transformer) -> torch.Tensor:
-        chosen = torch.randint(0, TEACHER_WRITES, (BATCH,), generator=generator)
-        return on(model, written[chosen.to(device)], completion) + alone(model)
-
-    def on_policy(model: Transformer) -> torch.Tensor:
-        tokens = model.write(draw(text.seen, BATCH, PROMPT, generator), generator)
-        with torch.no_grad():
-            judged = teacher.hidden(tokens)
-        # What the student wrote after the prompt, and was at that time predicting.
-        return kdkernels.linear_generalized_js_div(
-            model.hidden(tokens), model.head.weight, judged, teacher.head.weight.detach(), beta=config.beta,
-            weight=completion.roll(-1, 1), compact=True, backend=config.backend,
-        ) + alone(model)  # fmt: skip
-
-    for name, loss in ((ALONE, alone), (SEQUENCES, sequences), (ON_POLICY, on_policy)):
-        bar.step(f"student: {name}")
-        model = student()
-        model.load_state_dict(first.state_dict())
-        train(model, config.more_steps, 1e-3, lambda loss=loss, model=model: loss(model), bar.advance)  # type: ignore[misc]
-        outcome.students[name] = perplexity(model, text.test)
+        lesson = Lesson(config, bar)
+        bar.step("student, to begin with")
+        first, text = lesson.begun(config.seed + 1), lesson.text
+        outcome = Outcome(
+            config, lesson.device, described(lesson.backend), (len(text.train), len(text.seen), len(text.test)),
+            (models.parameters(lesson.teacher), models.parameters(first)), lesson.perplexity(lesson.teacher),
+            lesson.perplexity(first),
+        )  # fmt: skip
+        written = lesson.written()
+        for way in lesson.ways:
+            bar.step(f"student: {way}")
+            outcome.students[way] = lesson.further(first, way, written)
     return outcome
 
 

@@ -34,7 +34,10 @@ def convolutional_student(width: int = 16) -> nn.Module:
 
 
 def features(model: nn.Module, place: str, images: torch.Tensor) -> torch.Tensor:
-    """What a sequential model has before its classifier ("embedding"), or after its last ReLU of 4 x 4 pixels ("map")."""
+    """What a sequential model has before its classifier ("embedding"), after its last ReLU of 4 x 4 pixels ("map"), or what
+    it says ("scores")."""
+    if place == "scores":
+        return model(images)
     layers = list(model)  # type: ignore[call-overload]
     x = images
     for layer in layers[:-1]:

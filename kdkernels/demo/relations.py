@@ -170,6 +170,18 @@ def run(config: Config, bar: Reporter) -> Outcome:
     return outcome
 
 
+def enrolled(
+    name: str, loss: FeatureLoss | None, relation: Relation, digits: data.Digits, targets: torch.Tensor, seed: int
+) -> Pupil:
+    """A student as it begins."""
+    student = models.seeded(models.convolutional_student, seed, digits.images.device)
+    return Pupil(
+        name, student, classification.labels_alone, torch.optim.Adam(student.parameters(), 5e-3), relation=loss,
+        weight=relation.weight, place=relation.place, images=digits.images, targets=targets,
+        generator=torch.Generator().manual_seed(seed),
+    )  # fmt: skip
+
+
 def _train_student(
     config: Config, outcome: Outcome, digits: data.Digits, targets: torch.Tensor,
     ways: dict[str, FeatureLoss | None], k: int, bar: Reporter,
@@ -178,18 +190,9 @@ def _train_student(
     seed = 1000 * (config.seed + 1) + k
     order = torch.Generator().manual_seed(seed)
     seen = data.few_of_each(digits.labels.cpu(), IMAGES_PER_CLASS, order).to(device)
-    pupils = []
-    for name, loss in ways.items():
-        student = models.seeded(models.convolutional_student, seed, device)
-        optimizer = torch.optim.Adam(student.parameters(), 5e-3)
-        pupils.append(
-            Pupil(
-                name, student, classification.labels_alone, optimizer, relation=loss, weight=config.relation.weight,
-                place=config.relation.place, images=digits.images, targets=targets,
-                generator=torch.Generator().manual_seed(seed),
-            )
-        )  # fmt: skip
-        outcome.runs.setdefault(name, []).append(pupils[-1])
+    pupils = [enrolled(name, loss, config.relation, digits, targets, seed) for name, loss in ways.items()]
+    for pupil in pupils:
+        outcome.runs.setdefault(pupil.name, []).append(pupil)
     images, labels = digits.images[seen], digits.labels[seen]
     train(
         pupils, images, torch.zeros(len(seen), 1, device=device), labels,

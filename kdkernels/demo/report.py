@@ -13,11 +13,11 @@ from kdkernels.demo.data import CLASSES
 from kdkernels.demo.train import Run
 
 
-def mean(values: list[float], sign: str = "") -> str:
+def mean(values: list[float], sign: str = "", digits: int = 1) -> str:
     """Mean and, of several, the standard deviation."""
     if len(values) == 1:
-        return f"{values[0]:{sign}.1f}"
-    return f"{statistics.mean(values):{sign}.1f} ± {statistics.stdev(values):.1f}"
+        return f"{values[0]:{sign}.{digits}f}"
+    return f"{statistics.mean(values):{sign}.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def _final(runs: list[Run]) -> list[float]:

@@ -9,8 +9,19 @@ from kdkernels.schemes.ema import EMATeacher, TemporalEnsemble
 from kdkernels.schemes.generations import average_logits, born_again, distill_chain, frozen
 from kdkernels.schemes.gradients import scale_gradient
 from kdkernels.schemes.mutual import collaborative_loss, ensemble_logits, mutual_learning_loss
-from kdkernels.schemes.schedules import Constant, Cosine, LearnableTemperature, Linear, confidence_weight
+from kdkernels.schemes.schedules import (
+    Constant,
+    Cosine,
+    LearnableTemperature,
+    Linear,
+    by_capacity,
+    capacity_gap,
+    confidence_weight,
+)
+from kdkernels.schemes.sequences import TeacherSequences
 from kdkernels.schemes.snapshots import LearningWithoutForgetting, SnapshotTeacher, anchor_distillation_loss
+from kdkernels.schemes.synthetic import synthetic_batch
+from kdkernels.schemes.unlabelled import semi_supervised_loss
 
 __all__ = [
     "Constant",
@@ -21,10 +32,13 @@ __all__ = [
     "LearningWithoutForgetting",
     "Linear",
     "SnapshotTeacher",
+    "TeacherSequences",
     "TemporalEnsemble",
     "anchor_distillation_loss",
     "average_logits",
     "born_again",
+    "by_capacity",
+    "capacity_gap",
     "collaborative_loss",
     "confidence_weight",
     "distill_chain",
@@ -33,4 +47,6 @@ __all__ = [
     "mutual_learning_loss",
     "scale_gradient",
     "self_distillation_loss",
+    "semi_supervised_loss",
+    "synthetic_batch",
 ]

@@ -58,6 +58,38 @@ class Cosine(Linear):
         return (1 - math.cos(math.pi * super().progress(step))) / 2
 
 
+def capacity_gap(student: nn.Module, teacher: nn.Module) -> float:
+    """Orders of magnitude between the numbers of parameters, log10(P_teacher / P_student), at least 0.
+
+    Raises:
+        ValueError: a model without parameters.
+    """
+    counts = [sum(p.numel() for p in model.parameters()) for model in (student, teacher)]
+    if min(counts) == 0:
+        raise ValueError("student and teacher must have parameters")
+    return max(math.log10(counts[1] / counts[0]), 0.0)
+
+
+def by_capacity(student: nn.Module, teacher: nn.Module, equal: float, apart: float, *, decades: float = 2.0) -> float:
+    """A temperature or weight for a pair of models: `equal` for as many parameters, `apart` where they are far apart.
+
+    equal + (apart - equal) min(capacity_gap / decades, 1). A student much smaller than its teacher follows softer targets
+    better and sharp ones worse (Mirzadeh et al. 2020, arXiv:1902.03393; Cho and Hariharan 2019, arXiv:1910.01348); this
+    linear rule is ours. It goes into the other schedules: `Linear(by_capacity(s, t, 2.0, 8.0), 1.0, epochs)` starts as soft
+    as the gap asks and ends with the teacher's own distribution.
+
+    Args:
+        equal, apart: the two ends.
+        decades: orders of magnitude that count as far apart.
+
+    Raises:
+        ValueError: as capacity_gap; decades not positive.
+    """
+    checks.number("decades", decades, low=0, open_low=True)
+    share = min(capacity_gap(student, teacher) / decades, 1.0)
+    return (1 - share) * equal + share * apart
+
+
 def confidence_weight(
     teacher_logits: torch.Tensor,
     labels: torch.Tensor | None = None,
