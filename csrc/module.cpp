@@ -1,5 +1,8 @@
 // The pybind11 module kdkernels._C: it hands every registered entry point to Python and nothing
-// else. Tensors arrive as tuples (address, dtype code, shape, stride); see kdkernels/native.py.
+// else. An argument is None, a number, a tensor, or a tuple (tensor, shape, stride) that sees the
+// tensor otherwise, from its own first element. Of a tensor only Python attributes are used, so
+// that no version of torch is built against; their names are looked up once, as a small call is
+// made of little else.
 #include <pybind11/pybind11.h>
 
 #include <map>
@@ -12,31 +15,57 @@ using kdk::Value;
 
 namespace {
 
-Value to_value(py::handle h) {
+// torch.dtype -> kdk::DType; filled by kdkernels/native.py.
+PyObject* dtypes = nullptr;
+
+// A new reference, or the error there is instead.
+py::object own(PyObject* x) {
+  if (!x) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(x);
+}
+
+void read_sizes(PyObject* sizes, int64_t* out, int32_t* n) {
+  if (!PyTuple_Check(sizes)) throw py::type_error("shapes and strides are tuples");
+  const Py_ssize_t count = PyTuple_GET_SIZE(sizes);
+  if (count > kdk::Tensor::kMaxDims) throw std::invalid_argument("tensor has too many dimensions");
+  *n = static_cast<int32_t>(count);
+  for (Py_ssize_t d = 0; d < count; ++d) out[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(sizes, d));
+}
+
+kdk::Tensor to_tensor(PyObject* x, PyObject* shape, PyObject* stride) {
+  static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+  static PyObject* const dtype = PyUnicode_InternFromString("dtype");
+  kdk::Tensor t;
+  t.data = PyLong_AsVoidPtr(own(PyObject_CallMethodNoArgs(x, data_ptr)).ptr());
+  PyObject* code = PyDict_GetItemWithError(dtypes, own(PyObject_GetAttr(x, dtype)).ptr());
+  if (!code) throw py::type_error("the kernels have no such dtype");
+  t.dtype = static_cast<kdk::DType>(PyLong_AsLong(code));
+  int32_t strides = 0;
+  read_sizes(shape, t.shape, &t.ndim);
+  read_sizes(stride, t.stride, &strides);
+  if (strides != t.ndim) throw std::invalid_argument("a shape and a stride differ in length");
+  return t;
+}
+
+Value to_value(PyObject* x) {
+  static PyObject* const shape = PyUnicode_InternFromString("shape");
+  static PyObject* const stride = PyUnicode_InternFromString("stride");
   Value v;
-  if (h.is_none()) return v;
-  if (PyTuple_Check(h.ptr())) {
-    v.kind = Value::Kind::tensor;
-    PyObject* t = h.ptr();
-    if (PyTuple_GET_SIZE(t) != 4) throw std::invalid_argument("a tensor is a tuple of four");
-    v.tensor.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(t, 0));
-    v.tensor.dtype = static_cast<kdk::DType>(PyLong_AsLong(PyTuple_GET_ITEM(t, 1)));
-    PyObject* shape = PyTuple_GET_ITEM(t, 2);
-    PyObject* stride = PyTuple_GET_ITEM(t, 3);
-    const Py_ssize_t n = PyTuple_GET_SIZE(shape);
-    if (n > kdk::Tensor::kMaxDims || n != PyTuple_GET_SIZE(stride))
-      throw std::invalid_argument("tensor has too many dimensions");
-    v.tensor.ndim = static_cast<int32_t>(n);
-    for (Py_ssize_t d = 0; d < n; ++d) {
-      v.tensor.shape[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, d));
-      v.tensor.stride[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(stride, d));
-    }
-  } else if (PyFloat_Check(h.ptr())) {
-    v.kind = Value::Kind::real;
-    v.real = PyFloat_AS_DOUBLE(h.ptr());
-  } else {
+  if (x == Py_None) return v;
+  if (PyLong_Check(x)) {
     v.kind = Value::Kind::integer;
-    v.integer = PyLong_AsLongLong(h.ptr());
+    v.integer = PyLong_AsLongLong(x);
+  } else if (PyFloat_Check(x)) {
+    v.kind = Value::Kind::real;
+    v.real = PyFloat_AS_DOUBLE(x);
+  } else if (PyTuple_Check(x)) {
+    if (PyTuple_GET_SIZE(x) != 3) throw std::invalid_argument("a view is a tuple of three");
+    v.kind = Value::Kind::tensor;
+    v.tensor = to_tensor(PyTuple_GET_ITEM(x, 0), PyTuple_GET_ITEM(x, 1), PyTuple_GET_ITEM(x, 2));
+  } else {
+    v.kind = Value::Kind::tensor;
+    v.tensor = to_tensor(x, own(PyObject_GetAttr(x, shape)).ptr(),
+                         own(PyObject_CallMethodNoArgs(x, stride)).ptr());
   }
   if (PyErr_Occurred()) throw py::error_already_set();
   return v;
@@ -70,7 +99,7 @@ py::object bind(const Entry& entry) {
       [entry](const py::args& args) {
         std::vector<Value> values;
         values.reserve(args.size());
-        for (py::handle a : args) values.push_back(to_value(a));
+        for (py::handle a : args) values.push_back(to_value(a.ptr()));
         py::gil_scoped_release nogil;
         kdk::call(entry, values);
       },
@@ -98,6 +127,9 @@ PYBIND11_MODULE(_C, m) {
     cpu[name.c_str()] = bind(*entry);
     target = entry->target;
   }
+  py::dict codes;
+  dtypes = codes.inc_ref().ptr();
+  m.attr("dtypes") = codes;
   m.attr("cpu") = cpu;
   m.attr("cuda") = cuda;
   m.attr("cpu_target") = target;

@@ -1,8 +1,8 @@
 """Which code runs an operation: names, what is available here and why not, and the choice.
 
 A backend is asked for, strongest first, by the `backend=` argument of a call, by
-`use_backend(...)`, or by the environment variable KDKERNELS_BACKEND; "auto" takes the best one
-that the tensors' device and dtype allow.
+`use_backend(...)`, or by the environment variable KDKERNELS_BACKEND, which is read once, when
+kdkernels is imported; "auto" takes the best one that the tensors' device and dtype allow.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class BackendError(RuntimeError):
 
 
 _forced: ContextVar[str | None] = ContextVar("kdkernels_backend", default=None)
+_environment = os.environ.get("KDKERNELS_BACKEND") or "auto"
 _forced_while_tracing: str | None = None  # the same: Dynamo reads and guards a global, and no ContextVar
 _libraries: dict[str, Any] = {}
 
@@ -89,8 +90,7 @@ def _unavailable(backend: str, device: str) -> str | None:
 
 def requested() -> str:
     """The backend asked for by use_backend or the environment, else "auto"."""
-    forced = _forced_while_tracing if torch.compiler.is_compiling() else _forced.get()
-    return forced or os.environ.get("KDKERNELS_BACKEND") or "auto"
+    return (_forced_while_tracing if torch.compiler.is_compiling() else _forced.get()) or _environment
 
 
 @contextlib.contextmanager

@@ -16,16 +16,17 @@ except ImportError as error:
 else:
     _import_error = None
 
-_DTYPES = {
-    torch.float32: 0,
-    torch.float16: 1,
-    torch.bfloat16: 2,
-    torch.int64: 3,
-    torch.int32: 4,
-    torch.uint8: 5,
-    torch.bool: 5,
-    torch.float64: 6,
-}
+if _C is not None:
+    _C.dtypes.update({
+        torch.float32: 0,
+        torch.float16: 1,
+        torch.bfloat16: 2,
+        torch.int64: 3,
+        torch.int32: 4,
+        torch.uint8: 5,
+        torch.bool: 5,
+        torch.float64: 6,
+    })  # fmt: skip
 
 
 class View(NamedTuple):
@@ -38,19 +39,6 @@ class View(NamedTuple):
     def materialise(self) -> torch.Tensor:
         """The same as a torch view."""
         return self.tensor.as_strided(self.shape, self.stride, self.tensor.storage_offset())
-
-
-def describe(value: Any) -> Any:
-    """A tensor or View as the tuple that csrc/module.cpp reads; anything else as it is."""
-    kind = type(value)
-    if kind is int or value is None:
-        return value
-    if kind is View:
-        tensor, shape, stride = value
-        return tensor.data_ptr(), _DTYPES[tensor.dtype], shape, stride
-    if isinstance(value, torch.Tensor):
-        return value.data_ptr(), _DTYPES[value.dtype], tuple(value.shape), value.stride()
-    return value
 
 
 class NativeLibrary:
@@ -74,7 +62,7 @@ class NativeLibrary:
         return index, torch.cuda.current_stream(index).cuda_stream
 
     def call(self, name: str, *args: Any) -> None:
-        self._functions[name](*[describe(a) for a in args])
+        self._functions[name](*args)
 
 
 def build_info() -> dict[str, str]:

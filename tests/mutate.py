@@ -34,16 +34,21 @@ class Mutant(NamedTuple):
 
 
 CPU, OP = "csrc/row_divergence/cpu.cpp", "kdkernels/ops/row_divergence/op.py"
+ROW, LANES, BLOCK = (f"csrc/row_divergence/cpu_{part}.h" for part in ("row", "lanes", "block"))
 TRITON = "kdkernels/ops/row_divergence/triton_kernels.py"
 CUDA, COMMON = "csrc/row_divergence/cuda_row.cuh", "csrc/common/cuda.cuh"
 SOFTMAX = "csrc/common/softmax.h"
 MUTANTS = (
-    Mutant("cpu", "sign of the gradient", CPU, "wq * eq[i] - wp * ep[i]", "wp * ep[i] - wq * eq[i]"),
-    Mutant("cpu", "no 1/T in the gradient", CPU, "per_q = static_cast<float>(kd_ * q.scale)", "per_q = static_cast<float>(kd_)"),
-    Mutant("cpu", "student and teacher swapped", CPU, ": kl_sums(teacher_, student_", ": kl_sums(student_, teacher_"),
+    Mutant("cpu", "sign of the gradient", LANES, "wq[l] * eq[l] - wp[l] * ep[l]", "wp[l] * ep[l] - wq[l] * eq[l]"),
+    Mutant("cpu", "no 1/T in the gradient", LANES, "per_q = static_cast<float>(kd_[l] * q.scale)", "per_q = kd_[l]"),
+    Mutant("cpu", "student and teacher swapped", LANES, "kl_sums<false>(teacher_, student_);", "kl_sums<false>(student_, teacher_);"),
+    Mutant("cpu", "no target in the cross-entropy's gradient", LANES, "with - own[l]", "with"),
+    Mutant("cpu", "row weight left out of the loss", LANES, "kd_[l] = job_.kd * weight_[l] * up;", "kd_[l] = job_.kd * up;"),
+    Mutant("cpu", "rows of a block not turned back", BLOCK, "x[1] = __builtin_shufflevector(a, c, 2, 3, 6, 7);", "x[1] = x[0];"),
+    Mutant("cpu", "the last classes of a block not copied", BLOCK, "for (int64_t c = r < r4 ? c4 : 0; c < columns; ++c)", "for (int64_t c = r < r4 ? columns : 0; c < columns; ++c)"),
+    Mutant("cpu", "sign of a long row's gradient", ROW, "wq * eq[i] - wp * ep[i]", "wp * ep[i] - wq * eq[i]"),
+    Mutant("cpu", "student and teacher of a long row swapped", ROW, ": kl_sums(teacher_, student_", ": kl_sums(student_, teacher_"),
     Mutant("cpu", "earlier tiles not rescaled", SOFTMAX, "    z *= factor;\n", ""),
-    Mutant("cpu", "no target in the cross-entropy's gradient", CPU, "g[y] -= own;", ";"),
-    Mutant("cpu", "row weight left out of the loss", CPU, "kd_ = job_.kd * weight_ * upstream;", "kd_ = job_.kd * upstream;"),
     Mutant("cpu", "labels not applied to the divisor", CPU, "const double w = job.row_weight(r);", "const double w = 1;"),
     Mutant("cpu", "T^2 on the loss but not on its gradient's temperature", OP, "2.0 * kd / scalars", "0.0 * kd / scalars"),
     Mutant("cpu", "a stored gradient handed out twice", "kdkernels/ops/scale/op.py", "    if keep:\n", "    if False:\n"),

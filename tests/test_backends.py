@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +23,7 @@ needs_native = pytest.mark.skipif(not NATIVE, reason="no native kernels here: " 
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv("KDKERNELS_BACKEND", raising=False)
+    monkeypatch.setattr(backends, "_environment", "auto")
     backends._unavailable.cache_clear()
     backends._note_fallback.cache_clear()
     yield
@@ -56,7 +59,7 @@ def test_without_native_kernels_auto_still_works(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_call_is_stronger_than_the_context_and_that_than_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KDKERNELS_BACKEND", "triton")
+    monkeypatch.setattr(backends, "_environment", "triton")
     assert backends.requested() == "triton"
     with use_backend("reference"):
         assert backends.requested() == "reference"
@@ -69,6 +72,13 @@ def test_the_call_is_stronger_than_the_context_and_that_than_the_environment(mon
     assert backends.requested() == "triton"
 
 
+def test_the_environment_is_read_at_the_import() -> None:
+    code = "from kdkernels import backends; print(backends.requested())"
+    environment = {**os.environ, "KDKERNELS_BACKEND": "reference"}
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "reference"
+
+
 def test_the_context_is_left_after_an_error() -> None:
     with pytest.raises(KeyError), use_backend("reference"):
         raise KeyError
@@ -76,7 +86,7 @@ def test_the_context_is_left_after_an_error() -> None:
 
 
 def test_auto_in_the_context_overrides_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KDKERNELS_BACKEND", "reference")
+    monkeypatch.setattr(backends, "_environment", "reference")
     with use_backend("auto"):
         assert backends.requested() == "auto"
 
@@ -113,7 +123,7 @@ def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
     with pytest.raises(BackendError, match="'gpu': there is no backend of that name; choose one of auto, cuda"):
         kl_div(X32, X32, backend="gpu")
-    monkeypatch.setenv("KDKERNELS_BACKEND", "gpu")
+    monkeypatch.setattr(backends, "_environment", "gpu")
     with pytest.raises(BackendError, match="there is no backend of that name"):
         kl_div(X32, X32)
 

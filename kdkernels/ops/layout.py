@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -24,37 +27,58 @@ def _collapse(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, int] | 
     return size, step
 
 
-def _split(x: torch.Tensor, dim: int, k: int) -> View | None:
-    """x as (outer, classes, inner) with its first k row dimensions in outer, or None where strides forbid it."""
-    shape, stride = list(x.shape), list(x.stride())
-    classes, class_stride = shape.pop(dim), stride.pop(dim)
-    outer, inner = _collapse(shape[:k], stride[:k]), _collapse(shape[k:], stride[k:])
+def _split(
+    shape: Sequence[int], stride: Sequence[int], dim: int, k: int
+) -> tuple[tuple[int, int, int], tuple[int, int, int]] | None:
+    """Shape and stride of (outer, classes, inner), the first k row dimensions in outer; None where strides forbid it."""
+    rows, steps = list(shape), list(stride)
+    classes, class_stride = rows.pop(dim), steps.pop(dim)
+    outer, inner = _collapse(rows[:k], steps[:k]), _collapse(rows[k:], steps[k:])
     if outer is None or inner is None:
         return None
-    return View(x, (outer[0], classes, inner[0]), (outer[1], class_stride, inner[1]))
+    return (outer[0], classes, inner[0]), (outer[1], class_stride, inner[1])
 
 
-def split_point(tensors: Sequence[torch.Tensor], dim: int) -> int:
-    """How many row dimensions go to the outer axis so that as few tensors as can be need a copy.
+class _Split(NamedTuple):
+    shape: tuple[int, int, int]
+    stride: tuple[int, int, int]
+    copied: bool
 
-    `dim` is non-negative, and the tensors have one shape.
+
+@functools.lru_cache(maxsize=4096)
+def _splits(shape: tuple[int, ...], strides: tuple[tuple[int, ...] | None, ...], dim: int) -> tuple[_Split | None, ...]:
+    """How each of these tensors of one shape splits, at the place that leaves the fewest to be copied."""
+    # Everything before the class axis is the usual answer: (N, V), (B, T, V) and (N, V, H, W). There every copy splits.
+    candidates = [dim, *(k for k in range(len(shape) - 1, -1, -1) if k != dim)]
+    found = []
+    for k in candidates:
+        copy = _split(shape, _contiguous(shape), dim, k)
+        splits = []
+        for stride in strides:
+            split = None if stride is None else _split(shape, stride, dim, k)
+            if split is not None:
+                splits.append(_Split(*split, copied=False))
+            else:
+                splits.append(None if stride is None or copy is None else _Split(*copy, copied=True))
+        if all((x is None) == (stride is None) for x, stride in zip(splits, strides, strict=True)):
+            found.append(tuple(splits))
+    return min(found, key=lambda splits: sum(x is not None and x.copied for x in splits))
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(max(n, 1) for n in shape[d + 1 :]) for d in range(len(shape)))
+
+
+def rows(dim: int, *tensors: torch.Tensor | None) -> list[View | None]:
+    """Tensors of one shape as (outer, classes, inner), all split at one place; None stays None.
+
+    Row r = o * inner + i; this is the row-major order of the shape without the class axis, wherever it was split. A view
+    is of a copy only where the strides of its tensor allow no other. `dim` is non-negative, and the first tensor given.
     """
-    rows = tensors[0].dim() - 1
-    # Everything before the class axis is the usual answer: (N, V), (B, T, V) and (N, V, H, W).
-    candidates = [dim, *(k for k in range(rows, -1, -1) if k != dim)]
-    return max(candidates, key=lambda k: sum(_split(t, dim, k) is not None for t in tensors))
-
-
-def as_rows(x: torch.Tensor, dim: int, k: int) -> View:
-    """x as (outer, classes, inner), split after its first k row dimensions; copied only if it must be.
-
-    Row r = o * inner + i; this is the row-major order of the shape without the class axis.
-    """
-    if x.dim() == 2 and dim == 1 and k == 1:
-        n, classes = x.shape
-        return View(x, (n, classes, 1), (*x.stride(), 1))
-    view = _split(x, dim, k)
-    if view is None:
-        view = _split(x.contiguous(), dim, k)
-        assert view is not None, "a contiguous tensor always splits"
-    return view
+    first = tensors[0]
+    assert first is not None
+    splits = _splits(first.shape, tuple([None if x is None else x.stride() for x in tensors]), dim)
+    return [
+        None if x is None or split is None else View(x.contiguous() if split[2] else x, split[0], split[1])
+        for x, split in zip(tensors, splits, strict=True)
+    ]

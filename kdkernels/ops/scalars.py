@@ -9,13 +9,15 @@ reads them, so that nothing waits for the device.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 Number = float | int | torch.Tensor
 
 
-_PLAIN = (float, int)
+_PLAIN = {float, int, bool, str, type(None), torch.Size, torch.dtype}
 _KINDS = {torch.Tensor, torch.nn.Parameter}
 
 
@@ -24,19 +26,36 @@ def readable(*tensors: torch.Tensor) -> bool:
     return not torch.compiler.is_compiling() and _KINDS.issuperset([type(x) for x in tensors])
 
 
-@functools.lru_cache(maxsize=4096)
-def _constant(values: tuple[float, ...]) -> torch.Tensor:
-    # Shared by every call with these values: operators only read it.
+def remembered(function: Callable[..., Any]) -> Callable[..., Any]:
+    """functools.lru_cache, passed by where an argument is a tensor (its value may change) or something looks on.
+
+    The function takes positional arguments only, and what it returns is shared: nobody writes into it.
+    """
+    cached = functools.lru_cache(maxsize=4096)(function)
+
+    def call(*arguments: Any) -> Any:
+        # A dispatch mode (fake tensors) would make a tensor of its own kind, which must not be kept.
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack()
+            or not _PLAIN.issuperset(map(type, arguments))
+        ):
+            return function(*arguments)
+        return cached(*arguments)
+
+    return call
+
+
+@remembered
+def _constant(*values: float) -> torch.Tensor:
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float32)
 
 
 def pack(values: tuple[Number, ...]) -> torch.Tensor:
     """A float32 vector of these values, detached."""
-    if not torch.compiler.is_compiling() and not any(type(v) not in _PLAIN for v in values):
-        # A dispatch mode (fake tensors) would make a tensor of its own kind, which must not be kept.
-        make = _constant.__wrapped__ if torch._C._len_torch_dispatch_stack() else _constant
-        return make(values)
+    if not torch.compiler.is_compiling() and {float, int}.issuperset(map(type, values)):
+        return _constant(*values)
     tensors = [v for v in values if isinstance(v, torch.Tensor)]
     if not readable(*tensors):
         device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
@@ -45,7 +64,7 @@ def pack(values: tuple[Number, ...]) -> torch.Tensor:
             [(v.detach().to(one) if isinstance(v, torch.Tensor) else one * v).reshape(()) for v in values]
         )
     if not tensors:
-        return _constant.__wrapped__(tuple(float(v) for v in values))  # type: ignore[arg-type]
+        return _constant(*[float(v) for v in values])  # type: ignore[arg-type]
     device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
     if device.type == "cpu":
         return torch.tensor(

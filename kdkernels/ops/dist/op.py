@@ -30,11 +30,6 @@ def chunks(rows: int, classes: int) -> int:
     return max(1, min((rows + 31) // 32, 1024 * 128 // max(classes, 128), 256))
 
 
-def _views(student: torch.Tensor, teacher: torch.Tensor, dim: int) -> tuple[View, View, int]:
-    k = 1 if student.dim() == 2 and dim == 1 else layout.split_point((student, teacher), dim)
-    return layout.as_rows(student, dim, k), layout.as_rows(teacher, dim, k), k
-
-
 # The scalars are (temperature, beta, gamma, eps), with T^2 in beta and gamma. Saved are, for every row, its
 # log-sum-exps and the coefficients of its correlation's gradient, and the like for every column.
 def _forward(
@@ -56,7 +51,7 @@ def _forward(
         # Of each share of the rows: two sums and three moments of every column; then one sum for some columns.
         shares, classes = chunks(*rows.shape[:1], columns.shape[1]), columns.shape[1]
         scratch = total.new_empty(5 * shares * classes + (classes + 31) // 32)
-    s, t, _ = _views(student, teacher, dim)
+    s, t = layout.rows(dim, student, teacher)
     _kernels(backend)[0](
         s, t, labels, weight, scalars, View(total, (1,), (1,)), rows, columns, sums, scratch, int(clamp), ignore_index,
         shares,
@@ -96,8 +91,7 @@ def _backward(
     dt = torch.empty_like(teacher) if want_teacher else teacher.new_empty(0)
     if student.numel() == 0:
         return ds, dt
-    s, t, k = _views(student, teacher, dim)
-    d_views = [layout.as_rows(d, dim, k) if want else None for d, want in ((ds, want_student), (dt, want_teacher))]
+    s, t, *d_views = layout.rows(dim, student, teacher, ds if want_student else None, dt if want_teacher else None)
     _kernels(backend)[1](
         s, t, labels, weight, scalars, rows, columns, sums, upstream.reshape(1).float(), *d_views, int(clamp), ignore_index,
     )  # fmt: skip

@@ -21,7 +21,7 @@ from kdkernels.ops.linear_divergence.heads import (
     view,
 )
 from kdkernels.ops.row_divergence.kinds import STATS, Inputs, Kind
-from kdkernels.ops.row_divergence.op import COUNT_CE, COUNT_KD, _divisors, _flat, _kernels, _value
+from kdkernels.ops.row_divergence.op import COUNT_CE, COUNT_KD, _divisors, _flat, _given_divisors, _kernels, _value
 from kdkernels.ops.scalars import Number, pack
 
 _NOBODY: Any = Head(None, None)  # type: ignore[arg-type]
@@ -237,9 +237,10 @@ def linear_divergence(
     hard = ce_weight is not None
     # The logits' shape, in the memory of one element.
     scores = student.hidden.new_empty(()).expand(*leading, student.weight.shape[0] + (student.own is not None))
-    kd_divisor, ce_divisor, count, divisors = _divisors(
-        scores, len(leading), reduction, labels, weight, hard, num_items
+    kd_divisor, ce_divisor, count = _divisors(
+        scores.shape, len(leading), reduction, labels is not None or weight is not None, hard, num_items
     )
+    divisors = _given_divisors(num_items, reduction, scores.device)
     labels, weight = _flat(labels, torch.int64), _flat(weight, torch.float32)
     class_weight = _flat(class_weight, torch.float32)
     if divisors is not None:

@@ -34,25 +34,22 @@ def _empty_gradient(first: torch.Tensor, others: Sequence[torch.Tensor], stacked
     return torch.empty_like(first) if stacked else first.new_empty((1 + len(others), *first.shape))
 
 
-def _view(x: torch.Tensor, dim: int, k: int) -> View:
-    """A stack of learners as (learners, outer, classes, inner); copied only if it must be."""
-    one = layout.as_rows(x[0], dim, k)
-    if one.tensor.stride() != x[0].stride():
-        x = x.contiguous()
-        one = layout.as_rows(x[0], dim, k)
-    return View(x, (x.shape[0], *one.shape), (x.stride(0), *one.stride))
+def _stack(x: torch.Tensor, row: View) -> View:
+    """A stack of learners as (learners, outer, classes, inner), from the rows of its first."""
+    if row.tensor.stride() != x[0].stride():
+        x = x.contiguous()  # as rows of one are only in a copy
+    return View(x, (x.shape[0], *row.shape), (x.stride(0), *row.stride))
 
 
 def _views(
     first: torch.Tensor, others: Sequence[torch.Tensor], stacked: bool, d: torch.Tensor, dim: int
 ) -> tuple[list[View], View | None]:
     one = (first[0],) if stacked else (first, *others)
-    k = 1 if one[0].dim() == 2 and dim == 1 else layout.split_point(one, dim)
-    if stacked:
-        parts = [_view(first, dim, k)]
-    else:
-        parts = [View(v.tensor, (1, *v.shape), (0, *v.stride)) for v in (layout.as_rows(x, dim, k) for x in one)]
-    return parts, _view(d, dim, k) if d.numel() else None
+    *parts, gradient = layout.rows(dim, *one, d[0] if d.numel() else None)
+    return (
+        [_stack(first, parts[0])] if stacked else [View(v.tensor, (1, *v.shape), (0, *v.stride)) for v in parts],
+        None if gradient is None else _stack(d, gradient),
+    )
 
 
 def _rows(first: torch.Tensor, stacked: bool, dim: int) -> int:

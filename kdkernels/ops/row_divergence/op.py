@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,45 +21,44 @@ from kdkernels.ops.row_divergence.kinds import (
     Inputs,
     Kind,
 )
-from kdkernels.ops.scalars import Number, pack
+from kdkernels.ops.scalars import Number, pack, remembered
 from kdkernels.ops.scale.op import scaled
 
 COUNT_KD, COUNT_CE = 1, 2  # which divisors a kernel counts from labels and weights
 
 
-def _kernels(backend: str) -> Any:
+@functools.cache
+def _kernels(backend: str) -> tuple[Callable[..., None], Callable[..., None]]:
     """(forward, backward) of a backend, with one argument list for all."""
     if backend == "triton":
         from kdkernels.ops.row_divergence import triton
 
         return triton.forward, triton.backward
-    return (lambda *a: native.forward(backend, *a)), (lambda *a: native.backward(backend, *a))
-
-
-def _views(student: torch.Tensor, teacher: torch.Tensor, dim: int) -> tuple[View, View, int]:
-    if student.dim() == 2 and dim == 1:
-        k = 1
-    else:
-        k = layout.split_point((student, teacher), dim)
-    return layout.as_rows(student, dim, k), layout.as_rows(teacher, dim, k), k
-
-
-def _outputs(grads: tuple[torch.Tensor | None, ...], dim: int, k: int) -> list[View | None]:
-    return [None if x is None else layout.as_rows(x, dim, k) for x in grads]
-
-
-def _collect(grads: tuple[torch.Tensor | None, ...], views: list[View | None]) -> None:
-    """Brings gradients home that could only be written as rows in a copy."""
-    for x, view in zip(grads, views, strict=True):
-        if x is not None and view is not None and view.tensor is not x:
-            x.copy_(view.tensor)
+    return functools.partial(native.forward, backend), functools.partial(native.backward, backend)
 
 
 def _rows(x: torch.Tensor, dim: int) -> int:
     return x.numel() // x.shape[dim]
 
 
-# A float32 (rows + 1, STATS) tensor: a row's statistics each, then the two divisors.
+def _outputs(
+    student: torch.Tensor, teacher: torch.Tensor, want_student: bool, want_teacher: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    return torch.empty_like(student) if want_student else None, torch.empty_like(teacher) if want_teacher else None
+
+
+def _wanted(*tensors: torch.Tensor | None) -> list[torch.Tensor]:
+    return [x for x in tensors if x is not None]
+
+
+def _collect(x: torch.Tensor | None, view: View | None) -> None:
+    """Brings a gradient home that could only be written as rows in a copy."""
+    if view is not None and view[0] is not x:
+        x.copy_(view[0])
+
+
+# Returns the total, the losses of the rows, a float32 (rows + 1, STATS) tensor with a row's statistics each, then the two
+# divisors; and the gradients that are wanted.
 def _forward(
     student: torch.Tensor,
     teacher: torch.Tensor,
@@ -75,42 +76,34 @@ def _forward(
     want_student: bool,
     want_teacher: bool,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     rows = _rows(student, dim)
-    options = {"dtype": torch.float32, "device": student.device}
-    total, losses, saved = (
-        torch.empty((), **options),
-        torch.empty(rows, **options),
-        torch.empty(rows + 1, STATS, **options),
-    )
-    ds = torch.empty_like(student) if want_student else student.new_empty(0)
-    dt = torch.empty_like(teacher) if want_teacher else teacher.new_empty(0)
+    total = student.new_empty((), dtype=torch.float32)
+    losses = student.new_empty(rows, dtype=torch.float32)
+    saved = student.new_empty((rows + 1, STATS), dtype=torch.float32)
+    ds, dt = _outputs(student, teacher, want_student, want_teacher)
     used = None
     if divisors is not None or count:
         used = saved[rows, :2]
         used.fill_(1.0) if divisors is None else used.copy_(divisors)
-    s, t, k = _views(student, teacher, dim)
-    grads = (ds if want_student else None, dt if want_teacher else None)
-    outputs = _outputs(grads, dim, k)
+    s, t, ds_rows, dt_rows = layout.rows(dim, student, teacher, ds, dt)
     _kernels(backend)[0](
-        s, t, labels, weight, class_weight, scalars, used, losses, View(total, (1,), (1,)), View(saved, (rows, STATS), (STATS, 1)),
-        *outputs,
-        kind, inputs, int(hard), count, ignore_index,
+        s, t, labels, weight, class_weight, scalars, used, losses, View(total, (1,), (1,)),
+        View(saved, (rows, STATS), (STATS, 1)), ds_rows, dt_rows, kind, inputs, int(hard), count, ignore_index,
     )  # fmt: skip
-    _collect(grads, outputs)
-    return total, losses, saved, ds, dt
+    _collect(ds, ds_rows)
+    _collect(dt, dt_rows)
+    return total, losses, saved, _wanted(ds, dt)
 
 
 def _forward_fake(student, teacher, labels, weight, class_weight, scalars, divisors, kind, inputs, hard, count,
                   ignore_index, dim, want_student, want_teacher, backend):  # fmt: skip
     rows = _rows(student, dim)
-    options = {"dtype": torch.float32, "device": student.device}
     return (
-        torch.empty((), **options),
-        torch.empty(rows, **options),
-        torch.empty(rows + 1, STATS, **options),
-        torch.empty_like(student) if want_student else student.new_empty(0),
-        torch.empty_like(teacher) if want_teacher else teacher.new_empty(0),
+        student.new_empty((), dtype=torch.float32),
+        student.new_empty(rows, dtype=torch.float32),
+        student.new_empty((rows + 1, STATS), dtype=torch.float32),
+        _wanted(*_outputs(student, teacher, want_student, want_teacher)),
     )
 
 
@@ -133,45 +126,38 @@ def _backward(
     want_teacher: bool,
     want_temperature: bool,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> list[torch.Tensor]:
     rows = _rows(student, dim)
-    ds = torch.empty_like(student) if want_student else student.new_empty(0)
-    dt = torch.empty_like(teacher) if want_teacher else teacher.new_empty(0)
-    d_temperature = saved.new_empty(rows if want_temperature else 0, 2)
-    s, t, k = _views(student, teacher, dim)
-    grads = (ds if want_student else None, dt if want_teacher else None)
-    outputs = _outputs(grads, dim, k)
+    ds, dt = _outputs(student, teacher, want_student, want_teacher)
+    d_temperature = saved.new_empty(rows, 2) if want_temperature else None
+    s, t, ds_rows, dt_rows = layout.rows(dim, student, teacher, ds, dt)
     _kernels(backend)[1](
         s, t, labels, weight, class_weight, scalars, saved[rows, :2] if divided else None,
-        View(saved, (rows, STATS), (STATS, 1)), upstream.reshape(-1).contiguous().float(),
-        *outputs,
-        d_temperature if want_temperature else None,
+        View(saved, (rows, STATS), (STATS, 1)), upstream.reshape(-1).contiguous().float(), ds_rows, dt_rows, d_temperature,
         kind, inputs, int(hard), ignore_index,
     )  # fmt: skip
-    _collect(grads, outputs)
-    return ds, dt, d_temperature
+    _collect(ds, ds_rows)
+    _collect(dt, dt_rows)
+    return _wanted(ds, dt, d_temperature)
 
 
 def _backward_fake(student, teacher, labels, weight, class_weight, scalars, saved, upstream, kind, inputs, hard,
                    divided, ignore_index, dim, want_student, want_teacher, want_temperature, backend):  # fmt: skip
-    return (
-        torch.empty_like(student) if want_student else student.new_empty(0),
-        torch.empty_like(teacher) if want_teacher else teacher.new_empty(0),
-        saved.new_empty(_rows(student, dim) if want_temperature else 0, 2),
-    )
+    d_temperature = saved.new_empty(_rows(student, dim), 2) if want_temperature else None
+    return _wanted(*_outputs(student, teacher, want_student, want_teacher), d_temperature)
 
 
 forward_op = define(
     "row_divergence_forward(Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, Tensor? class_weight, "
     "Tensor scalars, Tensor? divisors, int kind, int inputs, bool hard, int count, int ignore_index, int dim, "
-    "bool want_student, bool want_teacher, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool want_student, bool want_teacher, str backend) -> (Tensor, Tensor, Tensor, Tensor[])",
     _forward,
     _forward_fake,
 )
 backward_op = define(
     "row_divergence_backward(Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, Tensor? class_weight, "
     "Tensor scalars, Tensor saved, Tensor upstream, int kind, int inputs, bool hard, bool divided, int ignore_index, "
-    "int dim, bool want_student, bool want_teacher, bool want_temperature, str backend) -> (Tensor, Tensor, Tensor)",
+    "int dim, bool want_student, bool want_teacher, bool want_temperature, str backend) -> Tensor[]",
     _backward,
     _backward_fake,
 )
@@ -189,21 +175,20 @@ class RowDivergence(torch.autograd.Function):
     def forward(ctx, student, teacher, temperature, teacher_temperature, labels, weight, class_weight, scalars, divisors,
                 options):  # fmt: skip
         kind, inputs, hard, count, ignore_index, dim, per_row, scale_by_t2, shared_temperature, backend = options
-        want_s, want_t, *want_temperatures = ctx.needs_input_grad[:4]
+        want_s, want_t, want_ts, want_tt = ctx.needs_input_grad[:4]
         stored = (
             (want_s or want_t)
-            and not per_row
-            and not any(want_temperatures)
+            and not (per_row or want_ts or want_tt)
             and torch.float16 not in (student.dtype, teacher.dtype)
         )
-        total, losses, saved, ds, dt = forward_op(
+        total, losses, saved, grads = forward_op(
             student, teacher, labels, weight, class_weight, scalars, divisors, kind, inputs, hard, count,
             ignore_index, dim, stored and want_s, stored and want_t, backend,
         )  # fmt: skip
         ctx.stored, ctx.backend = stored, backend
         output = losses.view(student.shape[:dim] + student.shape[dim + 1 :]) if per_row else total
         if stored:
-            ctx.save_for_backward(output, *([ds, dt] if want_s and want_t else [ds if want_s else dt]))
+            ctx.save_for_backward(output, *grads)
         elif any(ctx.needs_input_grad[:4]):
             ctx.save_for_backward(output, student, teacher, labels, weight, class_weight, scalars, saved)
             ctx.options = kind, inputs, hard, count != 0 or divisors is not None, ignore_index, dim
@@ -223,13 +208,13 @@ class RowDivergence(torch.autograd.Function):
         else:
             output, student, teacher, labels, weight, class_weight, scalars, saved = ctx.saved_tensors
             with torch.no_grad():
-                ds, dt, rows = backward_op(
+                grads = backward_op(
                     student, teacher, labels, weight, class_weight, scalars, saved, upstream,
                     *ctx.options, want_s, want_t, want_ts or want_tt, ctx.backend,
                 )  # fmt: skip
-                ds, dt = ds if want_s else None, dt if want_t else None
+                ds, dt = grads[0] if want_s else None, grads[want_s] if want_t else None
                 if want_ts or want_tt:
-                    d_ts, d_tt = _temperature_gradients(ctx, rows, saved, scalars, weight, upstream)
+                    d_ts, d_tt = _temperature_gradients(ctx, grads[-1], saved, scalars, weight, upstream)
                     shape_s, shape_t = ctx.temperature_shapes
                     d_ts, d_tt = d_ts.reshape(shape_s) if want_ts else None, d_tt.reshape(shape_t) if want_tt else None
         grads = first_order("row_divergence", output, (ds, dt, d_ts, d_tt))
@@ -298,9 +283,27 @@ def row_divergence(
             labels=labels, weight=weight, class_weight=class_weight, label_smoothing=label_smoothing,
             ignore_index=ignore_index, num_items=num_items, inputs=inputs, p0=p0, p1=p1,
         )  # fmt: skip
-    dim %= student.dim()
-    hard = ce_weight is not None
-    kd_divisor, ce_divisor, count, divisors = _divisors(student, dim, reduction, labels, weight, hard, num_items)
+    scalars, options = _plan(
+        student.shape, dim, reduction, labels is not None or weight is not None, int(kind), int(inputs), temperature,
+        teacher_temperature, kd_weight, ce_weight, scale_by_t2, label_smoothing, p0, p1,
+        num_items, ignore_index, backend,
+    )  # fmt: skip
+    divisors = _given_divisors(num_items, reduction, student.device)
+    return RowDivergence.apply(
+        student, teacher, _learnable(temperature), _learnable(teacher_temperature),
+        _flat(labels, torch.int64), _flat(weight, torch.float32), _flat(class_weight, torch.float32), scalars, divisors,
+        options,
+    )  # fmt: skip
+
+
+@remembered
+def _plan(
+    shape, dim, reduction, masked, kind, inputs, temperature, teacher_temperature, kd_weight, ce_weight, scale_by_t2,
+    label_smoothing, p0, p1, num_items, ignore_index, backend,
+) -> tuple[torch.Tensor, tuple[Any, ...]]:  # fmt: skip
+    """What of a call does not depend on its tensors: the scalars, and the options of RowDivergence."""
+    dim %= len(shape)
+    kd_divisor, ce_divisor, count = _divisors(shape, dim, reduction, masked, ce_weight is not None, num_items)
     kd_factor = _value(kd_weight) / kd_divisor
     if scale_by_t2:
         kd_factor = kd_factor * _value(temperature) ** 2
@@ -314,11 +317,9 @@ def row_divergence(
         p1,
         0.0,
     ))  # fmt: skip
-    return RowDivergence.apply(
-        student, teacher, _learnable(temperature), _learnable(teacher_temperature),
-        _flat(labels, torch.int64), _flat(weight, torch.float32), _flat(class_weight, torch.float32), scalars, divisors,
-        (int(kind), int(inputs), hard, count, ignore_index, dim, reduction == "none", scale_by_t2,
-         teacher_temperature is None, backend),
+    return scalars, (
+        kind, inputs, ce_weight is not None, count, ignore_index, dim, reduction == "none", scale_by_t2,
+        teacher_temperature is None, backend,
     )  # fmt: skip
 
 
@@ -336,28 +337,27 @@ def _flat(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
 
 
 def _divisors(
-    student: torch.Tensor,
-    dim: int,
-    reduction: str,
-    labels: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    hard: bool,
-    num_items: Number | None,
-) -> tuple[float, float, int, torch.Tensor | None]:
-    """What the two terms are divided by: numbers known here, what a kernel must count, or a tensor."""
-    if reduction == "none":
-        return 1.0, 1.0, 0, None
-    if isinstance(num_items, torch.Tensor):
-        return 1.0, 1.0, 0, num_items.detach().to(student.device, torch.float32).reshape(1).expand(2)
+    shape: torch.Size, dim: int, reduction: str, masked: bool, hard: bool, num_items: Number | None
+) -> tuple[float, float, int]:
+    """What the two terms are divided by, where that is known here, and which divisors a kernel must count."""
+    if reduction == "none" or isinstance(num_items, torch.Tensor):
+        return 1.0, 1.0, 0
     if num_items is not None:
-        return num_items, num_items, 0, None
+        return num_items, num_items, 0
     if reduction == "sum":
-        return 1.0, 1.0, 0, None
+        return 1.0, 1.0, 0
     if reduction == "batchmean":
-        return max(student.shape[0], 1), max(student.shape[0], 1), 0, None
+        return max(shape[0], 1), max(shape[0], 1), 0
     count = COUNT_CE if hard else 0
     if reduction == "mean":
-        return max(student.numel(), 1), 1.0, count, None
-    if labels is None and weight is None:
-        return max(_rows(student, dim), 1), 1.0, count, None
-    return 1.0, 1.0, count | COUNT_KD, None
+        return max(shape.numel(), 1), 1.0, count
+    if masked:
+        return 1.0, 1.0, count | COUNT_KD
+    return max(shape.numel() // shape[dim], 1), 1.0, count
+
+
+def _given_divisors(num_items: Number | None, reduction: str, device: torch.device) -> torch.Tensor | None:
+    """Both divisors where they are a tensor, which nobody here looks at."""
+    if not isinstance(num_items, torch.Tensor) or reduction == "none":
+        return None
+    return num_items.detach().to(device, torch.float32).reshape(1).expand(2)

@@ -24,11 +24,6 @@ def _kernels(backend: str) -> Any:
     return (lambda *a: native.forward(backend, *a)), (lambda *a: native.backward(backend, *a))
 
 
-def _view(x: torch.Tensor) -> Any:
-    dim = x.dim() - 1
-    return layout.as_rows(x, dim, layout.split_point((x,), dim))
-
-
 # indices are (rows, k) and ascend; live is uint8 (rows,); the scalars are (temperature,).
 def _forward(
     student: torch.Tensor,
@@ -40,8 +35,9 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     gathered, rest, total, stats = _forward_fake(student, indices, live, scalars, outside, backend)
     if indices.shape[0]:
+        (s,) = layout.rows(student.dim() - 1, student)
         _kernels(backend)[0](
-            _view(student), indices, live, scalars, gathered, rest if outside >= REST else None,
+            s, indices, live, scalars, gathered, rest if outside >= REST else None,
             total if outside == REST_AND_TOTAL else None, stats, outside,
         )  # fmt: skip
     return gathered, rest, total, stats
@@ -72,14 +68,11 @@ def _backward(
     ds = torch.empty_like(student)
     if indices.shape[0] == 0:
         return ds
-    # The gradient is written as rows of the same split, in a copy where its strides forbid that.
-    s = _view(student)
-    dim = student.dim() - 1
-    d = layout.as_rows(ds, dim, layout.split_point((student,), dim))
+    s, d = layout.rows(student.dim() - 1, student, ds)
     g, g_rest, g_total = (None if x is None else x.float().contiguous() for x in (g, g_rest, g_total))
     _kernels(backend)[1](s, indices, live, scalars, stats, g, g_rest, g_total, d)
     if d.tensor is not ds:
-        ds.copy_(d.tensor)
+        ds.copy_(d.tensor)  # it could only be written as rows in a copy
     return ds
 
 
