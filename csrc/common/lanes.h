@@ -19,6 +19,7 @@ namespace KDK_NAMESPACE {
 
 typedef float Floats __attribute__((vector_size(KDK_VECTOR_BYTES)));
 typedef double Doubles __attribute__((vector_size(KDK_VECTOR_BYTES)));
+typedef int32_t Ints __attribute__((vector_size(KDK_VECTOR_BYTES)));
 constexpr int kFloats = KDK_VECTOR_BYTES / 4;
 #if defined(__x86_64__) && !defined(__AVX512F__)
 constexpr int kRegisters = 16;
@@ -57,6 +58,7 @@ KDK_INLINE void store(Real* p, V v) {
   memcpy(p, &v, sizeof(v));
 }
 KDK_INLINE Floats broadcast(float x) { return x - Floats{}; }
+KDK_INLINE Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
 
 KDK_INLINE Floats lesser(Floats a, Floats b) {
 #if defined(__AVX512F__)
@@ -81,7 +83,38 @@ KDK_INLINE Floats greater(Floats a, Floats b) {
 #endif
 }
 
-// The lanes' sum, always in the same order.
+// The lanes' sum, always in the same order: halves are added until one lane is left.
+#if defined(__SSE2__)
+KDK_INLINE float sum_of_lanes(__m128 x) {
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
+}
+KDK_INLINE double sum_of_lanes(__m128d x) {
+  return _mm_cvtsd_f64(_mm_add_sd(x, _mm_unpackhi_pd(x, x)));
+}
+#if defined(__AVX__)
+KDK_INLINE float sum_of_lanes(__m256 x) {
+  return sum_of_lanes(_mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
+}
+KDK_INLINE double sum_of_lanes(__m256d x) {
+  return sum_of_lanes(_mm_add_pd(_mm256_castpd256_pd128(x), _mm256_extractf128_pd(x, 1)));
+}
+#endif
+#if defined(__AVX512F__)
+KDK_INLINE __m256d upper_half(__m512d x) { return _mm512_maskz_extractf64x4_pd(0xff, x, 1); }
+KDK_INLINE float sum_of_lanes(__m512 x) {
+  return sum_of_lanes(
+      _mm256_add_ps(_mm512_castps512_ps256(x), _mm256_castpd_ps(upper_half(_mm512_castps_pd(x)))));
+}
+KDK_INLINE double sum_of_lanes(__m512d x) {
+  return sum_of_lanes(_mm256_add_pd(_mm512_castpd512_pd256(x), upper_half(x)));
+}
+#endif
+template <typename Real, typename V>
+KDK_INLINE Real sum_of(V v) {
+  return sum_of_lanes(v);
+}
+#else
 template <typename Real, typename V>
 KDK_INLINE Real sum_of(V v) {
   constexpr int n = static_cast<int>(sizeof(V) / sizeof(Real));
@@ -91,5 +124,6 @@ KDK_INLINE Real sum_of(V v) {
     for (int l = 0; l < width; ++l) x[l] += x[l + width];
   return x[0];
 }
+#endif
 
 }  // namespace KDK_NAMESPACE
