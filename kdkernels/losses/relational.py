@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from kdkernels import backends
@@ -61,7 +59,7 @@ class _Distances:
     rows of them."""
 
     def __init__(
-        self, operation: str, student: torch.Tensor, teacher: torch.Tensor, normalize: bool, backend: str, split: bool,
+        self, operation: str, student: torch.Tensor, teacher: torch.Tensor, normalize: bool, backend: str,
         group: torch.distributed.ProcessGroup | None, ring: bool = False, **pairs: torch.Tensor | None,
     ):  # fmt: skip
         checks.ring(ring, group)
@@ -76,33 +74,26 @@ class _Distances:
         if self.reference:
             dtype = torch.promote_types(torch.promote_types(self.student.dtype, self.teacher.dtype), torch.float32)
             self.student, self.teacher = self.student.to(dtype), self.teacher.to(dtype)
-        self._split = split
-        self._pair: tuple | None = None
 
     @property
     def reference(self) -> bool:
         return self.backend == "reference"
 
-    def pair(self) -> tuple:
-        """(hi, lo) of both models; from the reference the squared distances and None."""
-        if self._pair is None:
-            if self.rows is not None:
-                from kdkernels.distributed.ring import squared_distances
+    def squared(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of both models."""
+        if self.rows is not None:
+            from kdkernels.distributed.ring import squared_distances
 
-                self._pair = tuple((squared_distances(x, self.rows), None) for x in (self.student, self.teacher))
-            elif self.reference:
-                self._pair = tuple(
-                    (pairwise_reference.squared_distances(x), None) for x in (self.student, self.teacher)
-                )
-            else:
-                self._pair = tuple(
-                    pairwise.squared_distances(x, split=self._split, backend=self.backend)
-                    for x in (self.student, self.teacher)
-                )
-        return self._pair
+            return squared_distances(self.student, self.rows), squared_distances(self.teacher, self.rows)
+        return self._whole(self.student), self._whole(self.teacher)
+
+    def _whole(self, x: torch.Tensor) -> torch.Tensor:
+        if self.reference:
+            return pairwise_reference.squared_distances(x)
+        return pairwise.squared_distances(x, backend=self.backend)[0]
 
     def pairs(self, mask: torch.Tensor | None, labels: torch.Tensor | None) -> torch.Tensor | None:
-        """The weights of the pairs that pair() has."""
+        """The weights of the pairs that squared() has."""
         others = None
         if self.samples is not None:
             if labels is not None:
@@ -113,37 +104,32 @@ class _Distances:
         return _pairs(self.student.shape[0], self.n, mask, labels, others, self.student.device)
 
     def itself(self) -> torch.Tensor:
-        """Where pair() has a sample's distance from itself."""
+        """Where squared() has a sample's distance from itself."""
         if self.rows is not None:
             from kdkernels.distributed.ring import others
 
             return ~others(self.rows, self.student.device)
         return torch.eye(self.n, dtype=torch.bool, device=self.student.device)
 
-    def distance_term(
-        self, mask: torch.Tensor | None, beta: float, eps: float, squared: bool, normalize: bool, reduction: str
-    ) -> torch.Tensor:
-        (student, _), (teacher, _) = self.pair()
-        options: dict[str, Any] = {
-            "beta": beta,
-            "eps": eps,
-            "squared": squared,
-            "normalize": normalize,
-            "reduction": reduction,
-        }
-        if self.rows is not None:
+    def terms(
+        self, mask: torch.Tensor | None, distance: angles.Distances | None, angle: angles.Angles | None
+    ) -> tuple[torch.Tensor, ...]:
+        """The matches asked for, distance before angle."""
+        if self.rows is None and not self.reference:
+            mask = None if mask is None else mask.detach().float().contiguous()
+            return angles.relations(
+                self.student, self.teacher, mask, distance=distance, angle=angle, backend=self.backend
+            )
+        made = []
+        if distance is not None and self.rows is not None:
             from kdkernels.distributed.row_losses import distance_match
 
-            return distance_match(student, teacher, mask, self.rows, **options)
-        if self.reference:
-            return pairwise_reference.distance_match(student, teacher, mask, **options)
-        mask = None if mask is None else mask.detach().float().contiguous()
-        return pairwise.distance_match(student, teacher, mask, **options, backend=self.backend)
-
-    def angle_term(self, beta: float, reduction: str) -> torch.Tensor:
-        if self.reference:
-            return angles_reference.triplet_angle(self.student, self.teacher, beta=beta, reduction=reduction)
-        return angles.triplet_angle(*self.pair(), beta=beta, reduction=reduction, backend=self.backend)
+            made.append(distance_match(*self.squared(), mask, self.rows, **distance._asdict()))
+        elif distance is not None:
+            made.append(pairwise_reference.distance_match(*self.squared(), mask, **distance._asdict()))
+        if angle is not None:
+            made.append(angles_reference.triplet_angle(self.student, self.teacher, **angle._asdict()))
+        return tuple(made)
 
 
 def rkd_distance_loss(
@@ -203,10 +189,10 @@ def rkd_distance_loss(
     checks.plain_number("eps", eps, positive=False)
     checks.choice("reduction", reduction, pairwise.REDUCTIONS)
     distances = _Distances(
-        "rkd_distance_loss", student, teacher, normalize, backend, False, group, ring, mask=mask, labels=labels
+        "rkd_distance_loss", student, teacher, normalize, backend, group, ring, mask=mask, labels=labels
     )
-    mask = distances.pairs(mask, labels)
-    return distances.distance_term(mask, beta, eps, squared, mean_normalize, reduction)
+    term = angles.Distances(beta, eps, squared, mean_normalize, reduction)
+    return distances.terms(distances.pairs(mask, labels), term, None)[0]
 
 
 def rkd_angle_loss(
@@ -250,8 +236,8 @@ def rkd_angle_loss(
     """
     checks.plain_number("beta", beta, positive=True)
     checks.choice("reduction", reduction, angles.REDUCTIONS)
-    distances = _Distances("rkd_angle_loss", student, teacher, normalize, backend, True, group)
-    return distances.angle_term(beta, reduction)
+    distances = _Distances("rkd_angle_loss", student, teacher, normalize, backend, group)
+    return distances.terms(None, None, angles.Angles(beta, reduction))[0]
 
 
 def rkd_loss(
@@ -298,10 +284,10 @@ def rkd_loss(
     checks.plain_number("beta", beta, positive=True)
     checks.plain_number("eps", eps, positive=False)
     checks.choice("reduction", reduction, angles.REDUCTIONS)
-    distances = _Distances("rkd_loss", student, teacher, normalize, backend, True, group, mask=mask, labels=labels)
-    mask = distances.pairs(mask, labels)
-    distance = distances.distance_term(mask, beta, eps, squared, mean_normalize, reduction)
-    return distance_weight * distance + angle_weight * distances.angle_term(beta, reduction)
+    distances = _Distances("rkd_loss", student, teacher, normalize, backend, group, mask=mask, labels=labels)
+    term = angles.Distances(beta, eps, squared, mean_normalize, reduction)
+    distance, angle = distances.terms(distances.pairs(mask, labels), term, angles.Angles(beta, reduction))
+    return distance_weight * distance + angle_weight * angle
 
 
 def hard_dark_rank_loss(
@@ -356,9 +342,9 @@ def hard_dark_rank_loss(
     checks.choice("reduction", reduction, ("mean", "sum", "none"))
     if not isinstance(k, int) or k < 1:
         raise ValueError(f"k must be a positive integer, got {k!r}")
-    distances = _Distances("hard_dark_rank_loss", student, teacher.detach(), normalize, backend, False, group, ring)
+    distances = _Distances("hard_dark_rank_loss", student, teacher.detach(), normalize, backend, group, ring)
     n, samples = distances.n, distances.samples
-    (d2, _), (by_teacher, _) = distances.pair()
+    d2, by_teacher = distances.squared()
     nearest = (
         by_teacher.masked_fill(distances.itself(), torch.inf).topk(min(k, max(n - 1, 0)), dim=1, largest=False).indices
     )

@@ -8,33 +8,19 @@ import torch
 
 from kdkernels.ops.library import define, first_order, graph_is_kept
 from kdkernels.ops.pairwise_distance import native
-from kdkernels.ops.scalars import Number, pack
 from kdkernels.ops.scale.op import scaled
 
 REDUCTIONS = ("mean", "pairs", "sum")
 
 
-def _kernels(backend: str) -> Any:
-    """The module of a backend, with forward, backward and match of one argument list for all."""
+def _run(entry: str, backend: str, *args: Any) -> None:
+    """The kernel of this name, forward, backward or match, of a backend: one argument list for all."""
     if backend == "triton":
         from kdkernels.ops.pairwise_distance import triton
 
-        return triton
-    return _Native(backend)
-
-
-class _Native:
-    def __init__(self, backend: str):
-        self.backend = backend
-
-    def forward(self, *args: Any) -> None:
-        native.forward(self.backend, *args)
-
-    def backward(self, *args: Any) -> None:
-        native.backward(self.backend, *args)
-
-    def match(self, *args: Any) -> None:
-        native.match(self.backend, *args)
+        getattr(triton, entry)(*args)
+    else:
+        getattr(native, entry)(backend, *args)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -47,7 +33,7 @@ def _forward(x: torch.Tensor, split: bool, backend: str) -> tuple[torch.Tensor, 
     hi = torch.empty(n, n, dtype=torch.float32, device=x.device)
     lo = hi.new_empty((n, n) if split else 0)
     if n:
-        _kernels(backend).forward(_rows(x), hi, lo if split else None)
+        _run("forward", backend, _rows(x), hi, lo if split else None)
     return hi, lo
 
 
@@ -60,7 +46,7 @@ def _forward_fake(x, split, backend):
 def _backward(x: torch.Tensor, weights: torch.Tensor, backend: str) -> torch.Tensor:
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.shape[0]:
-        _kernels(backend).backward(_rows(x), weights.contiguous(), dx)
+        _run("backward", backend, _rows(x), weights.contiguous(), dx)
     return dx
 
 
@@ -85,9 +71,9 @@ def _match(
     dt = torch.empty_like(teacher) if want_teacher else teacher.new_empty(0)
     if student.shape[0] == 0:
         return loss.zero_(), ds, dt
-    _kernels(backend).match(
-        student, teacher, mask, scalars, loss.view(1), ds if want_student else None, dt if want_teacher else None,
-        int(squared), int(normalize), reduction,
+    _run(
+        "match", backend, student, teacher, mask, scalars, loss.view(1), ds if want_student else None,
+        dt if want_teacher else None, int(squared), int(normalize), reduction,
     )  # fmt: skip
     return loss, ds, dt
 
@@ -100,9 +86,13 @@ def _match_fake(student, teacher, mask, scalars, squared, normalize, reduction, 
     )
 
 
-define("pairwise_distance_forward(Tensor x, bool split, str backend) -> (Tensor, Tensor)", _forward, _forward_fake)
-define("pairwise_distance_backward(Tensor x, Tensor weights, str backend) -> Tensor", _backward, _backward_fake)
-define(
+distances = define(
+    "pairwise_distance_forward(Tensor x, bool split, str backend) -> (Tensor, Tensor)", _forward, _forward_fake
+)
+distances_backward = define(
+    "pairwise_distance_backward(Tensor x, Tensor weights, str backend) -> Tensor", _backward, _backward_fake
+)
+match = define(
     "distance_match(Tensor student, Tensor teacher, Tensor? mask, Tensor scalars, bool squared, bool normalize, "
     "int reduction, bool want_student, bool want_teacher, str backend) -> (Tensor, Tensor, Tensor)",
     _match,
@@ -119,7 +109,7 @@ class SquaredDistances(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, split, backend):
-        hi, lo = torch.ops.kdkernels.pairwise_distance_forward(x, split, backend)
+        hi, lo = distances(x, split, backend)
         ctx.mark_non_differentiable(lo)
         ctx.save_for_backward(x, hi)
         ctx.backend = backend
@@ -129,7 +119,7 @@ class SquaredDistances(torch.autograd.Function):
     def backward(ctx, weights, _):
         x, hi = ctx.saved_tensors
         with torch.no_grad():
-            dx = torch.ops.kdkernels.pairwise_distance_backward(x, weights, ctx.backend)
+            dx = distances_backward(x, weights, ctx.backend)
         (dx,) = first_order("pairwise_distance", hi, (dx,))
         return dx, None, None
 
@@ -148,24 +138,6 @@ def stored_gradients(
     return first_order(operation, loss, tuple(next(grads) if want else None for want in wanted))
 
 
-class DistanceMatch(torch.autograd.Function):
-    """Loss and both gradients in one pass."""
-
-    @staticmethod
-    def forward(ctx, student, teacher, mask, scalars, options):
-        *flags, backend = options
-        loss, ds, dt = torch.ops.kdkernels.distance_match(
-            student, teacher, mask, scalars, *flags, *ctx.needs_input_grad[:2], backend
-        )
-        ctx.save_for_backward(loss, ds, dt)
-        ctx.backend = backend
-        return loss
-
-    @staticmethod
-    def backward(ctx, upstream):
-        return (*stored_gradients(ctx, "pairwise_distance", upstream, ctx.needs_input_grad[:2]), None, None, None)
-
-
 def squared_distances(x: torch.Tensor, *, backend: str, split: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """|x_i - x_j|^2 of samples (N, D), as float32 (N, N).
 
@@ -177,31 +149,3 @@ def squared_distances(x: torch.Tensor, *, backend: str, split: bool = False) -> 
         (hi, lo); lo is empty without split.
     """
     return SquaredDistances.apply(x, split, backend)
-
-
-def distance_match(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    mask: torch.Tensor | None,
-    *,
-    beta: Number,
-    eps: Number,
-    squared: bool,
-    normalize: bool,
-    reduction: str,
-    backend: str,
-) -> torch.Tensor:
-    """Smooth-L1 between two matrices of distances, each over its own mean.
-
-    Args:
-        student, teacher: squared distances, float32 (N, N), symmetric.
-        mask: a weight for every ordered pair, float32 (N, N); the diagonal never counts.
-        beta: where smooth-L1 turns linear.
-        eps: the least squared distance of two different samples.
-        squared: match squared distances.
-        normalize: divide by the mean over the kept pairs whose distance is positive; it is in the graph.
-        reduction: "mean" over N^2, "pairs" over the kept pairs' weights, or "sum".
-        backend: a resolved one.
-    """
-    options = squared, normalize, REDUCTIONS.index(reduction), backend
-    return DistanceMatch.apply(student.contiguous(), teacher.contiguous(), mask, pack((beta, eps, 0.0, 0.0)), options)
