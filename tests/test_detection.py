@@ -323,22 +323,66 @@ def test_cosine_contains_a_nan(target: Target, generator: torch.Generator) -> No
     assert each.isnan().tolist() == [False, True, False]
 
 
-def test_margin_ranking(generator: torch.Generator) -> None:
-    logits = torch.randn(6, 5, generator=generator, dtype=F64, requires_grad=True)
-    labels = torch.randint(0, 5, (6,), generator=generator)
+def test_margin_ranking(target: Target, generator: torch.Generator) -> None:
+    logits = torch.randn(6, 5, generator=generator).to(target.device).requires_grad_()
+    labels = torch.randint(0, 5, (6,), generator=generator).to(target.device)
+
+    def loss(x: torch.Tensor, y: torch.Tensor, **options: Any) -> torch.Tensor:
+        return kd.margin_ranking_loss(x, y, backend=target.backend, **options)
+
     expected = F.multi_margin_loss(logits, labels, margin=0.7) * 5 / 4  # torch divides by V
-    same(kd.margin_ranking_loss(logits, labels, margin=0.7), expected)
+    same(loss(logits, labels, margin=0.7), expected, rtol=1e-6)
     right = logits.gather(1, labels[:, None])
     hardest = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
-    same(kd.margin_ranking_loss(logits, labels, wrong="hardest"), (1 - right[:, 0] + hardest).clamp_min(0).mean())
+    expected = (1 - right[:, 0] + hardest).clamp_min(0).mean()
+    same(loss(logits, labels, wrong="hardest"), expected, rtol=1e-6)
+    for options in ({}, {"wrong": "hardest"}):
+        (g,) = torch.autograd.grad(loss(logits, labels, **options), logits)
+        (exact,) = torch.autograd.grad(kd.margin_ranking_loss(logits.double(), labels, **options), logits)
+        torch.testing.assert_close(g, exact.to(g), rtol=1e-5, atol=1e-7)
     labels[2] = -100
-    each = kd.margin_ranking_loss(logits, labels, reduction="none")
+    each = loss(logits, labels, reduction="none")
     assert each[2] == 0
-    same(kd.margin_ranking_loss(logits, labels), each.sum() / 5)
-    (g,) = torch.autograd.grad(kd.margin_ranking_loss(logits, labels), logits)
+    same(loss(logits, labels), each.sum() / 5, rtol=1e-6)
+    (g,) = torch.autograd.grad(loss(logits, labels), logits)
     assert (g[2] == 0).all()
-    assert kd.margin_ranking_loss(logits[:, :1], labels * 0) == 0
-    assert kd.margin_ranking_loss(logits, labels * 0 - 100) == 0
+    assert loss(logits[:, :1], labels * 0) == 0
+    assert loss(logits, labels * 0 - 100) == 0
+    assert loss(logits[:0], labels[:0]) == 0
+
+
+@pytest.mark.parametrize("wrong", ["all", "hardest"])
+def test_margins_contain_what_is_broken(target: Target, wrong: str, generator: torch.Generator) -> None:
+    """NaN in one row, the same scores twice, -inf, and scores that a float16 sum could not hold."""
+    x = torch.randn(5, 40, generator=generator, dtype=torch.float32).to(target.device)
+    labels = torch.arange(5, device=target.device)
+    x[1, 7] = torch.nan
+    x[2, 9] = x[2, 30] = 5.0
+    x[3, 8] = -torch.inf
+    x[4] *= 1e4
+    for dtype in (torch.float32, torch.float16):
+        s = x.to(dtype).requires_grad_()
+        each = kd.margin_ranking_loss(s, labels, wrong=wrong, reduction="none", backend=target.backend)
+        assert each.isnan().tolist() == [False, True, False, False, False]
+        (g,) = torch.autograd.grad(each[torch.tensor([0, 2, 3, 4])].sum(), s)
+        exact = s.detach().double().requires_grad_()
+        wide = kd.margin_ranking_loss(exact, labels, wrong=wrong, reduction="none")[torch.tensor([0, 2, 3, 4])]
+        same(each[torch.tensor([0, 2, 3, 4])], wide, rtol=1e-6)
+        (e,) = torch.autograd.grad(wide.sum(), exact)
+        keep = torch.tensor([0, 2, 3, 4])
+        torch.testing.assert_close(g[keep].double(), e[keep], rtol=2e-3, atol=1e-6)
+
+
+def test_margins_as_an_operator(fused: Target, generator: torch.Generator) -> None:
+    if fused.backend not in ("cpu", "triton"):
+        pytest.skip("no kernels")
+    x = torch.randn(3, 7, generator=generator).to(fused.device)
+    labels, scalars = torch.arange(3, device=fused.device), torch.tensor([1.0, 0.0])
+    for upstream in (None, torch.ones(3, device=fused.device)):
+        arguments = (x, labels, scalars, upstream, True, -100, fused.backend)
+        torch.library.opcheck(torch.ops.kdkernels.margin_rows.default, arguments)
+    with pytest.raises(IndexError, match="labels hold 7, outside 0 to 6"):
+        kd.margin_ranking_loss(x, labels + 5, backend=fused.backend)
 
 
 def test_margin_mse(generator: torch.Generator) -> None:

@@ -4,6 +4,7 @@
 #include "common/pages.h"
 #include "common/registry.h"
 #include "weighted_match/attention.h"
+#include "weighted_match/margin.h"
 
 namespace KDK_NAMESPACE {
 namespace {
@@ -301,12 +302,33 @@ void feature_moments_gradient(Tensor s, Tensor t, Tensor upstream, Tensor ds, Te
   });
 }
 
+// ---- scores of right and wrong classes ----
+
+// x and dx are (1, rows, classes), labels, upstream and values (rows). A row whose label is
+// `ignore` counts nothing; one whose label is no class becomes NaN.
+void margin_rows(Tensor x, Tensor labels, Tensor scalars, Tensor upstream, Tensor values, Tensor dx,
+                 bool hardest, int64_t ignore, int64_t threads) {
+  const Margin of{x, dx, *scalars.as<float>(), hardest};
+  prefer_large_pages(dx);
+  parallel_for(x.shape[1], x.numel(), threads, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t y = labels.as<int64_t>()[r];
+      const float by = upstream ? upstream.as<float>()[r] : 0.f;
+      const float value = y == ignore                ? empty_row(of, r, 0.f)
+                          : y < 0 || y >= x.shape[2] ? empty_row(of, r, NAN)
+                                                     : margin_row(of, r, y, by);
+      if (values) values.as<float>()[r] = value;
+    }
+  });
+}
+
 KDK_EXPORT(feature_power_sums)
 KDK_EXPORT(feature_power_gradient)
 KDK_EXPORT(feature_attention)
 KDK_EXPORT(feature_match)
 KDK_EXPORT(feature_moments)
 KDK_EXPORT(feature_moments_gradient)
+KDK_EXPORT(margin_rows)
 
 }  // namespace
 }  // namespace KDK_NAMESPACE

@@ -10,7 +10,6 @@ struct Exponent {
   float p;
   bool odd;
 };
-constexpr int64_t kLanesInFloat = 256;  // of a row, summed in float32 before they go into a double
 
 // Which sums are made, and whether lanes have weights in those of the rows.
 enum Kinds : int { kOfLanes = 1, kOfRows = 2, kWeighted = 4 };

@@ -17,6 +17,7 @@ namespace {
 constexpr int64_t kMaxLanes = 1024;            // of a tile
 constexpr int64_t kTileElements = 128 * 1024;  // at most
 constexpr int64_t kRowsInFloat = 32;           // added in float32 before they go into a double
+constexpr int64_t kLanesInFloat = 256;         // the same of a row
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }

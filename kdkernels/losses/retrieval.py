@@ -9,6 +9,7 @@ from kdkernels import backends
 from kdkernels.losses import checks
 from kdkernels.losses.features import EPS, SUPPORTED, as_wide, checked, inverse_norms, normalized
 from kdkernels.losses.module import LossModule
+from kdkernels.ops.weighted_match import margin as margins
 from kdkernels.ops.weighted_match import sums
 from kdkernels.ops.weighted_match.maps import of_channels
 
@@ -72,10 +73,11 @@ def margin_ranking_loss(
     wrong: str = "all",
     reduction: str = "mean",
     ignore_index: int = -100,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """max(0, margin + s_wrong - s_correct): the mean over the wrong classes, or that of the hardest one.
 
-    Plain torch on every device: a gather, and one pass over the scores.
+    One read of the scores, and one more in the backward, which writes the gradient.
 
     Args:
         logits: scores, float16, bfloat16, float32 or float64, (..., V).
@@ -84,6 +86,7 @@ def margin_ranking_loss(
         wrong: "all" V - 1 wrong classes, or only the "hardest", the one that scores highest.
         reduction: "mean" over the rows that are not ignored, "sum", or "none" for one value a row.
         ignore_index: the label that leaves a row out.
+        backend: "auto", "triton", "cpu" or "reference".
 
     Returns:
         A float32 scalar (float64 for float64 inputs) or tensor, 0 for V = 1, and where all rows are left out.
@@ -97,6 +100,8 @@ def margin_ranking_loss(
     """
     checks.choice("wrong", wrong, ("all", "hardest"))
     checks.choice("reduction", reduction, REDUCTIONS)
+    if isinstance(margin, torch.Tensor):
+        raise TypeError("margin must be a number, got a tensor")
     checks.number("margin", margin)
     checks.scores("logits", logits, "logits", logits, -1)
     classes = logits.shape[-1]
@@ -104,20 +109,33 @@ def margin_ranking_loss(
     if given is None:
         raise TypeError("labels must be a tensor: the label's score is what the others are compared with")
     kept = given != ignore_index
-    right = given.where(kept, 0).unsqueeze(-1)
+    backend = backends.resolve("margin_ranking_loss", (logits,), backend, SUPPORTED)
+    if backend != "reference":
+        flat = logits.reshape(-1, classes)
+        rows = margins.margin_rows(
+            flat, given.reshape(-1), margin, hardest=wrong == "hardest", ignore_index=ignore_index, backend=backend
+        ).view(given.shape)
+    else:
+        rows = _margin_rows(logits, given, kept, margin, wrong)
+    if reduction == "mean":
+        return sums.ordered_sum(rows) / kept.sum().clamp_min(1)
+    return _reduce(rows, reduction)
+
+
+def _margin_rows(
+    logits: torch.Tensor, labels: torch.Tensor, kept: torch.Tensor, margin: float, wrong: str
+) -> torch.Tensor:
+    right = labels.where(kept, 0).unsqueeze(-1)
     (x,) = as_wide(logits)
     x = x.masked_fill(~kept.unsqueeze(-1), 0.0)  # whatever an ignored row holds
     over = (x - x.gather(-1, right) + margin).scatter(-1, right, -torch.inf)
-    if classes == 1:
+    if x.shape[-1] == 1:
         rows = x.sum(-1) * 0.0
     elif wrong == "hardest":
         rows = over.amax(-1).clamp_min(0)
     else:
-        rows = over.clamp_min(0).sum(-1) / (classes - 1)
-    rows = rows.where(kept, 0.0)
-    if reduction == "mean":
-        return sums.ordered_sum(rows) / kept.sum().clamp_min(1)
-    return _reduce(rows, reduction)
+        rows = over.clamp_min(0).sum(-1) / (x.shape[-1] - 1)
+    return rows.where(kept, 0.0)
 
 
 def margin_mse_loss(
@@ -130,7 +148,8 @@ def margin_mse_loss(
 ) -> torch.Tensor:
     """MarginMSE of retrieval: the squared difference between both models' margins of a right over a wrong passage.
 
-    ((s+ - s-) - (t+ - t-))^2: Hofstätter et al. (2020, arXiv:2010.02666). Four scores a query: plain torch.
+    ((s+ - s-) - (t+ - t-))^2: Hofstätter et al. (2020, arXiv:2010.02666). Four scores a query, so that
+    it is composed of torch operations on every device.
 
     Args:
         student_positive, student_negative: scores of the relevant and of another passage, (...), float16, bfloat16,

@@ -24,6 +24,12 @@ MAPS: tuple[Shape, ...] = ((2, 3, 5, 7), (3, 9, 2, 2), (1, 130, 3, 11), (2, 5, 3
 VECTORS: tuple[Shape, ...] = ((5, 7), (3, 2), (2, 5, 130), (33, 1030))
 BENCH_MAPS = {k: BENCH[k] for k in ("cifar", "detection")}
 BENCH_VECTORS = {"embeddings": (8192, 1024), "hidden states": (2, 2048, 4096)}
+BENCH_PYRAMID = {k: BENCH[k] for k in ("cifar", "cifar, 256 channels")}
+SCORES: tuple[Shape, ...] = ((5, 7), (1, 2), (9, 130), (3, 1030))
+BENCH_SCORES = {"imagenet": (256, 1000), "llm-32k": (256, 32000)}
+BENCH_PASSAGES = {"64 passages": (512, 64)}
+BENCH_CANDIDATES = {"objects": (512, 64)}
+BENCH_DETECTIONS = {"detection": (2, 1000, 80)}
 PAIR = ("student_features", "teacher_features")
 STUDENT = PAIR[:1]
 VECTOR_PAIR = ("student", "teacher")
@@ -148,6 +154,120 @@ def eager_cosine(student: torch.Tensor, teacher: torch.Tensor, **_: Any) -> torc
     return (1 - F.cosine_similarity(student, teacher, dim=-1)).mean()
 
 
+def make_scores(shape: Shape, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Scores and right classes, every seventh row left out."""
+    labels = torch.randint(0, shape[-1], shape[:-1], generator=generator)
+    labels.view(-1)[3::7] = -100
+    return {"logits": torch.randn(shape, generator=generator), "labels": labels}
+
+
+def eager_margin(logits: torch.Tensor, labels: torch.Tensor, wrong: str = "all", **_: Any) -> torch.Tensor:
+    kept = labels != -100
+    x, y = logits[kept], labels[kept].unsqueeze(1)
+    over = (1 + x - x.gather(1, y)).scatter(1, y, -torch.inf)
+    each = over.amax(1).clamp_min(0) if wrong == "hardest" else over.clamp_min(0).sum(1) / max(x.shape[1] - 1, 1)
+    return each.sum() / max(len(x), 1)
+
+
+def make_passages(shape: Shape, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Scores of one relevant passage a query, and of others."""
+    names = ("student_positive", "student_negative", "teacher_positive", "teacher_negative")
+    return {
+        name: torch.randn((shape[0], 1) if "positive" in name else shape, generator=generator) for name in names
+    }  # fmt: skip
+
+
+def eager_margin_mse(
+    student_positive: torch.Tensor, student_negative: torch.Tensor, teacher_positive: torch.Tensor,
+    teacher_negative: torch.Tensor, **_: Any,
+) -> torch.Tensor:  # fmt: skip
+    return F.mse_loss(student_positive - student_negative, teacher_positive - teacher_negative)
+
+
+def margin_mse(*args: torch.Tensor, backend: str = "auto", **inputs: torch.Tensor) -> torch.Tensor:
+    """Torch operations whatever the backend."""
+    return retrieval.margin_mse_loss(*args, **inputs)
+
+
+def make_candidates(shape: Shape, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Scores of up to K candidates of each object."""
+    valid = torch.rand(shape, generator=generator) < 0.7
+    valid[:, 0] = True
+    return {"student_scores": torch.randn(shape, generator=generator),
+            "teacher_scores": torch.randn(shape, generator=generator), "valid": valid}  # fmt: skip
+
+
+def eager_ranks(
+    student_scores: torch.Tensor, teacher_scores: torch.Tensor, valid: torch.Tensor, **_: Any
+) -> torch.Tensor:
+    s, t = (x.masked_fill(~valid, -torch.inf).log_softmax(1) for x in (student_scores, teacher_scores))
+    return (t.exp() * (t - s).masked_fill(~valid, 0.0)).sum() / len(s)
+
+
+def make_detections(shape: Shape, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Images with class scores, boxes, and one level of features three channels for each class."""
+    n, count, classes = shape
+    made = {f"{side}_scores": torch.randn(shape, generator=generator) for side in ("student", "teacher")}
+    for side in ("student", "teacher"):
+        corners = torch.rand(n, count, 2, 2, generator=generator)
+        made[f"{side}_boxes"] = torch.cat([corners.amin(2), corners.amax(2)], 2)
+    for side in ("student", "teacher"):
+        made[f"{side}_map"] = torch.randn(n, 3 * classes, 25, 42, generator=generator)
+    made["valid"] = torch.rand(n, count, generator=generator) < 0.6
+    made["valid"][:, 0] = True
+    return made
+
+
+def detections(
+    student_scores: torch.Tensor, teacher_scores: torch.Tensor, student_boxes: torch.Tensor, teacher_boxes: torch.Tensor,
+    student_map: torch.Tensor, teacher_map: torch.Tensor, valid: torch.Tensor, **options: Any,
+) -> torch.Tensor:  # fmt: skip
+    return detection.detection_distillation_loss(
+        student_scores,
+        teacher_scores,
+        student_boxes,
+        teacher_boxes,
+        [student_map],
+        [teacher_map],
+        valid=valid,
+        **options,
+    )
+
+
+def eager_detections(
+    student_scores: torch.Tensor, teacher_scores: torch.Tensor, student_boxes: torch.Tensor, teacher_boxes: torch.Tensor,
+    student_map: torch.Tensor, teacher_map: torch.Tensor, valid: torch.Tensor, **_: Any,
+) -> torch.Tensor:  # fmt: skip
+    count = valid.sum()
+    kl = F.kl_div(student_scores.log_softmax(-1), teacher_scores.softmax(-1), reduction="none").sum(-1)
+    boxes = F.smooth_l1_loss(student_boxes, teacher_boxes, reduction="none").sum(-1)
+    return (kl[valid].sum() + boxes[valid].sum()) / count + F.mse_loss(student_map, teacher_map)
+
+
+def eager_context(student_features: torch.Tensor, teacher_features: torch.Tensor, **_: Any) -> torch.Tensor:
+    """ReviewKD's lines."""
+    s, t = student_features, teacher_features
+    loss, weight, weights = F.mse_loss(s, t), 1.0, 1.0
+    for size in (4, 2, 1):
+        if size >= s.shape[2]:
+            continue
+        weight /= 2.0
+        loss = loss + weight * F.mse_loss(F.adaptive_avg_pool2d(s, size), F.adaptive_avg_pool2d(t, size))
+        weights += weight
+    return loss / weights
+
+
+def floor_of_detections(shape: Shape, itemsize: int, backward: bool) -> int:
+    """Read both models' scores, boxes and maps, write the student's gradients."""
+    n, count, classes = shape
+    return n * (count * (classes + 4) + 3 * classes * 25 * 42) * itemsize * (3 if backward else 2)
+
+
+def floor_of_scores(shape: Shape, itemsize: int, backward: bool) -> int:
+    """Read the scores, write their gradient."""
+    return math.prod(shape) * itemsize * (2 if backward else 1)
+
+
 def floor_bytes(shape: Shape, itemsize: int, backward: bool) -> int:
     """Read both maps, write the student's gradient."""
     return math.prod(shape) * itemsize * (3 if backward else 2)
@@ -156,11 +276,11 @@ def floor_bytes(shape: Shape, itemsize: int, backward: bool) -> int:
 def _case(
     name: str, function: Callable[..., torch.Tensor], eager: Any = None, make: Any = make_features,
     shapes: tuple[Shape, ...] = SHAPES, bench: Any = None, bench_gpu: Any = None, grads: tuple[str, ...] = PAIR,
-    **options: Any,
+    floor: Any = None, **options: Any,
 ) -> Case:  # fmt: skip
     return Case(
         name, function, make, options, eager, grads=grads, shapes=shapes, bench=bench or {}, bench_gpu=bench_gpu or {},
-        floor_bytes=floor_bytes, bench_dtypes=(F32, BF16), headline=bench is BENCH or bench is FPN,
+        floor_bytes=floor or floor_bytes, bench_dtypes=(F32, BF16), headline=bench is BENCH or bench is FPN,
     )  # fmt: skip
 
 
@@ -180,7 +300,8 @@ SPEC = Spec(
         _case("attention_transfer-p4", features.attention_transfer_loss, shapes=TOKENS, p=4.0, dim=-1, channels="sum",
               eps=1e-6, add_eps=True),
         _case("attention_transfer-p1.5", features.attention_transfer_loss, p=1.5),
-        _case("channel_attention_transfer", features.channel_attention_transfer_loss, eager_channel_attention),
+        _case("channel_attention_transfer", features.channel_attention_transfer_loss, eager_channel_attention,
+              bench=BENCH_MAPS, bench_gpu=BENCH_MAPS),
         _case("fgd", detection.fgd_loss, eager_fgd, make_boxes, MAPS, FPN, FPN, STUDENT),
         _case("fgd-image-size", detection.fgd_loss, None, make_boxes, MAPS[:2], grads=STUDENT, image_size=(9, 11),
               temperature=1.0, foreground_weight=2e-3),
@@ -189,10 +310,20 @@ SPEC = Spec(
         _case("pearson_feature", feature_statistics.pearson_feature_loss, eager_pearson, make_features, MAPS, BENCH_MAPS,
               BENCH_GPU),
         _case("pearson_feature-channels-last", feature_statistics.pearson_feature_loss, None, make_channels_last, MAPS),
-        _case("hierarchical_context", feature_statistics.hierarchical_context_loss, None, make_features,
-              ((2, 3, 5, 7), (1, 4, 8, 8), (2, 3, 3, 3))),
+        _case("hierarchical_context", feature_statistics.hierarchical_context_loss, eager_context, make_features,
+              ((2, 3, 5, 7), (1, 4, 8, 8), (2, 3, 3, 3)), BENCH_PYRAMID, BENCH_PYRAMID),
         _case("cosine", retrieval.cosine_loss, eager_cosine, make_vectors, VECTORS, BENCH_VECTORS, BENCH_VECTORS,
               VECTOR_PAIR),
+        _case("margin_ranking", retrieval.margin_ranking_loss, eager_margin, make_scores, SCORES, BENCH_SCORES, BENCH_SCORES,
+              ("logits",), floor_of_scores),
+        _case("margin_ranking-hardest", retrieval.margin_ranking_loss, eager_margin, make_scores, SCORES, BENCH_SCORES,
+              BENCH_SCORES, ("logits",), floor_of_scores, wrong="hardest"),
+        _case("margin_mse", margin_mse, eager_margin_mse, make_passages, ((5, 7), (3, 1), (33, 130)), BENCH_PASSAGES,
+              BENCH_PASSAGES, ("student_positive", "student_negative", "teacher_positive", "teacher_negative")),
+        _case("rank_mimicking", detection.rank_mimicking_loss, eager_ranks, make_candidates, SCORES, BENCH_CANDIDATES,
+              BENCH_CANDIDATES, ("student_scores", "teacher_scores")),
+        _case("detection_distillation", detections, eager_detections, make_detections, ((2, 3, 4), (1, 5, 1)),
+              BENCH_DETECTIONS, BENCH_DETECTIONS, ("student_scores", "student_boxes", "student_map"), floor_of_detections),
         _case("cosine-maps", retrieval.cosine_loss, None, make_vectors, MAPS, grads=VECTOR_PAIR, dim=1,
               reduction="none"),
     ),

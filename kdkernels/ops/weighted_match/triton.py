@@ -14,7 +14,10 @@ import triton.language as tl
 
 from kdkernels.native import View
 from kdkernels.ops.triton_util import cast
+from kdkernels.ops.weighted_match import triton_margin
 from kdkernels.ops.weighted_match.sums import MOMENTS, ordered_sum
+
+margin_rows = triton_margin.margin_rows
 
 TILE_ROWS, MOST_LANES, ELEMENTS = 64, 512, 2048  # of a tile, and of what a program holds at a time
 SQUARED, ABSOLUTE, SMOOTH_L1 = 0, 1, 2
@@ -501,7 +504,7 @@ def aot_signatures() -> list[dict]:
         "name": "comparison of attentions", "kernel": compare_kernel, "signature": types | dict.fromkeys(flags, "constexpr"),
         "constexprs": flags, "divisible": ["s", "t", "each"], "num_warps": 4, "num_stages": 3,
     })  # fmt: skip
-    return rows
+    return rows + triton_margin.aot_rows()
 
 
 DIVISIBLE = ("height", "width", "by_batch", "by_row", "s_batch", "s_row", "t_batch", "t_row", "x_batch", "x_row",
