@@ -28,7 +28,7 @@ ALLOWED = {
     ("ops/scale/op.py", "item", "factor.is_cpu"): "guarded: only a CPU tensor",
     ("ops/scalars.py", "float", "values"): "numbers, or tensors that are known to be on the CPU",
     ("ops/scalars.py", "float", "float(v), device=device"): "a number, or a tensor on the CPU: the condition follows",
-    ("ops/*/triton.py", "tolist", "scalars.tolist()"): "packed numbers, read where they are on the CPU",
+    ("ops/*/triton*.py", "tolist", "scalars.tolist()"): "packed numbers, read where they are on the CPU",
     ("ops/*/triton.py", "float", "float(scalars[0])"): "the same, of one number",
     ("ops/linear_divergence/*.py", "nonzero", "kept = "): "compact=True asks for it",
     ("losses/*.py", "int", "aminmax()"): "a check behind readable()",

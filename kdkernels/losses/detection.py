@@ -256,8 +256,8 @@ def detection_distillation_loss(
     teacher_scores: torch.Tensor | Sequence[torch.Tensor],
     student_boxes: Boxes | None = None,
     teacher_boxes: Boxes | None = None,
-    student_features: Sequence[torch.Tensor] = (),
-    teacher_features: Sequence[torch.Tensor] = (),
+    student_features: torch.Tensor | Sequence[torch.Tensor] = (),
+    teacher_features: torch.Tensor | Sequence[torch.Tensor] = (),
     *,
     valid: torch.Tensor | None = None,
     class_weight: Number = 1.0,
@@ -279,7 +279,7 @@ def detection_distillation_loss(
         student_scores: class logits, (N, M, V), or a list of N tensors (m, V) with their own m.
         teacher_scores: the same shapes.
         student_boxes, teacher_boxes: x1, y1, x2, y2 (or any four numbers with smooth-L1), (N, M, 4) or lists of (m, 4).
-        student_features, teacher_features: maps of as many levels, pair by pair as hint_loss takes them.
+        student_features, teacher_features: a map, or maps of as many levels, pair by pair as hint_loss takes them.
         valid: which detections count, or a weight for each, (N, M); not with lists, whose detections all count.
         class_weight, box_weight, feature_weight: numbers or tensors with one element.
         box_loss: "smooth_l1", summed over the coordinates, or "giou".
@@ -330,6 +330,9 @@ def detection_distillation_loss(
             count = sums.ordered_sum(keep)
             mean = sums.ordered_sum(each.where(keep != 0, 0.0) * keep) / count.where(count > 0, 1.0)
         loss = loss + box_weight * mean
+    student_features, teacher_features = (
+        [x] if isinstance(x, torch.Tensor) else x for x in (student_features, teacher_features)
+    )
     if len(student_features) != len(teacher_features):
         raise ValueError(
             f"there must be as many levels: student has {len(student_features)} and teacher {len(teacher_features)}"

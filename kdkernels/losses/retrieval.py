@@ -145,6 +145,7 @@ def margin_mse_loss(
     teacher_negative: torch.Tensor,
     *,
     reduction: str = "mean",
+    backend: str = "auto",
 ) -> torch.Tensor:
     """MarginMSE of retrieval: the squared difference between both models' margins of a right over a wrong passage.
 
@@ -156,6 +157,7 @@ def margin_mse_loss(
             float32 or float64; the negative ones may have a further axis, (..., K) with positive (..., 1).
         teacher_positive, teacher_negative: the teacher's, of shapes that broadcast with them.
         reduction: "mean", "sum" or "none".
+        backend: "auto" or "reference": there are no kernels for so little.
 
     Returns:
         A float32 scalar or tensor (float64 for float64 inputs).
@@ -176,6 +178,7 @@ def margin_mse_loss(
     except RuntimeError:
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items())
         raise ValueError(f"scores must go together, got {shapes}") from None
+    backends.resolve("margin_mse_loss", tuple(named.values()), backend, ("reference",))
     s_right, s_wrong, t_right, t_wrong = as_wide(*named.values())
     margin_s, margin_t = torch.broadcast_tensors(s_right - s_wrong, t_right - t_wrong)
     return _reduce(F.mse_loss(margin_s, margin_t, reduction="none"), reduction)
