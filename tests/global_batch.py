@@ -76,6 +76,14 @@ def _edges(batch: dict[str, torch.Tensor], group: Any) -> torch.Tensor:
     return kd.local_structure_loss(batch["s"], batch["t"], edges, **_given(group))
 
 
+def _dist(batch: dict[str, torch.Tensor], group: Any) -> torch.Tensor:
+    """Columns over the rows of all ranks, two for each sample, some left out."""
+    s, t = (torch.stack([x, x.sin()], 2) for x in (batch["s"], batch["t"][:, :DS]))
+    w = torch.stack([batch["w"], 1 - batch["w"]], 1)
+    labels = batch["indices"][:, :2].clamp(max=DS - 1)
+    return kd.dist_loss(s, t, dim=1, weight=w, labels=labels, ignore_index=2, **_given(group))
+
+
 def _pixels(batch: dict[str, torch.Tensor], group: Any) -> torch.Tensor:
     s, t = (torch.stack([x, x.cos(), x.sin(), x + 1], 2).unflatten(2, (2, 2)) for x in (batch["s"], batch["t"]))
     return kd.cross_image_relation_loss(s, t, temperature=0.5, **_given(group))
@@ -97,6 +105,7 @@ GATHERED: dict[str, Call] = {
         batch["s"], batch["t"][:, :DS], queue=_queue(DS).to(batch["s"].dtype), reduction="batchmean", **_given(group)
     ),
     "cross_image": _pixels,
+    "dist": _dist,
 }
 IN_A_RING: dict[str, Call] = {
     "rkd_distance": _plain(kd.rkd_distance_loss),
@@ -266,6 +275,19 @@ def wrapped_students(group: Any) -> None:
     torch.testing.assert_close([p.grad.full_tensor() for p in sharded.parameters()], wanted)
 
 
+def a_group_of_one(group: Any) -> None:
+    if group is not dist.group.WORLD:
+        return
+    alone = [dist.new_group([rank]) for rank in range(dist.get_world_size(group))][dist.get_rank(group)]
+    batch = whole_batch(5)
+    for name, call in IN_A_RING.items():
+        wanted = torch.autograd.grad(call(batch, None), batch["s"])[0]
+        for options in ({}, {"ring": True}):
+            torch.testing.assert_close(
+                torch.autograd.grad(call(batch, alone, **options), batch["s"])[0], wanted, msg=name
+            )
+
+
 class Largest(TorchDispatchMode):
     """How many elements the largest tensor has that an operation makes."""
 
@@ -336,6 +358,6 @@ def disagreement_is_an_error_on_every_rank(group: Any) -> None:
 
 
 CHECKS = (
-    as_in_one_process, without_a_group_nothing_travels, half_precision_is_rounded_once, wrapped_students,
+    as_in_one_process, without_a_group_nothing_travels, half_precision_is_rounded_once, wrapped_students, a_group_of_one,
     a_ring_has_rows_only, disagreement_is_an_error_on_every_rank,
 )  # fmt: skip

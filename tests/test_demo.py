@@ -13,6 +13,7 @@ pytest.importorskip("sklearn")
 
 import torch
 
+import kdkernels
 from kdkernels import backends, demo
 from kdkernels.demo import classification, data, models, relations, segmentation
 from kdkernels.demo.classification import ALONE, FUSED, PLAIN, Config
@@ -259,6 +260,11 @@ def test_everything_is_in_one_table():
     from kdkernels.demo import everything, schemes
 
     assert {everything.LOSSES[r.function][0] for r in relations.RELATIONS.values()} == {*relations.RELATIONS.values()}
+    elsewhere = {name for names in everything.ELSEWHERE.values() for name in names}
+    losses = {
+        n for n in kdkernels.__all__ if n.endswith(("_loss", "_div")) or n in ("total_variation", "soft_cross_entropy")
+    }
+    assert losses == elsewhere | {*everything.LOSSES} and not elsewhere & {*everything.LOSSES}
     config = everything.Config(epochs=2, students=2, teacher_epochs=1, device="cpu")
     bar = Silent()
     found = everything.run(config, bar)

@@ -7,7 +7,7 @@ few; a student is the same with every loss. Weights are round numbers that nobod
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ LOSSES: dict[str, tuple[Relation, dict[str, Any]]] = {
             "kl_div": T, "reverse_kl_div": T, "symmetric_kl_div": T, "js_div": T, "generalized_js_div": T,
             "skew_kl_div": T, "skew_reverse_kl_div": T, "total_variation": T, "alpha_beta_div": T,
             "soft_cross_entropy": T, "decoupled_kd_loss": T, "dist_loss": T, "lwf_loss": {}, "topk_div": T,
-            "uld_loss": T, "cosine_loss": {}, "info_nce_distillation_loss": {}, "seed_loss": {}, "compress_loss": {},
+            "uld_loss": T, "cosine_loss": {}, "margin_ranking_loss": {}, "margin_mse_loss": {}, "info_nce_distillation_loss": {}, "seed_loss": {}, "compress_loss": {},
         }.items()
     },
     **{relation.function: (relation, {}) for relation in RELATIONS.values()},
@@ -49,6 +49,21 @@ LOSSES: dict[str, tuple[Relation, dict[str, Any]]] = {
     "instance_relation_graph_loss": (Relation("instance_relation_graph_loss", "embedding", 1.0), {}),
     "ickd_loss": (Relation("ickd_loss", "map", 10.0), {}),
     "hierarchical_context_loss": (Relation("hierarchical_context_loss", "map", 0.3), {}),
+    "channel_wise_div": (Relation("channel_wise_div", "map", 1.0), T),
+    "pixel_wise_div": (Relation("pixel_wise_div", "map", 1.0), T),
+    "pairwise_structure_loss": (Relation("pairwise_structure_loss", "map", 10.0), {"pool": None}),
+    "cross_image_relation_loss": (Relation("cross_image_relation_loss", "map", 1.0), {}),
+}  # fmt: skip
+# Of the public losses, those that this table has in another form or not at all.
+ELSEWHERE = {
+    "what --loss kd is about": ("distillation_loss",),
+    "parts of schemes": ("mutual_kl_div", "auxiliary_heads_loss"),
+    "from heads and of text, see --task lm": (
+        "linear_distillation_loss", "linear_generalized_js_div", "linear_js_div", "linear_kl_div", "linear_reverse_kl_div",
+        "linear_sequence_loss", "linear_topk_div", "sequence_loss",
+    ),
+    "want boxes": ("detection_distillation_loss", "fgd_loss", "rank_mimicking_loss"),
+    "want two maps, a learnt variance, a bank of all samples": ("fsp_loss", "variational_information_loss", "crd_loss"),
 }  # fmt: skip
 
 
@@ -99,9 +114,14 @@ def loss_of(name: str, options: dict[str, Any], queue: torch.Tensor, backend: st
     function = getattr(kdkernels, name)
 
     def loss(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        more: tuple[Any, ...] = (t,)
+        more: Sequence[Any] = (t,)
         if name == "decoupled_kd_loss":
             more = (t, t.argmax(1))
+        elif name == "margin_ranking_loss":
+            more = (t.argmax(1),)
+        elif name == "margin_mse_loss":  # what the teacher thinks of, and what it thinks of next
+            first, second = t.topk(2).indices.unbind(1)
+            s, *more = (x.gather(1, at[:, None])[:, 0] for x in (s, t) for at in (first, second))
         elif name == "topk_div":
             more = tuple(t.topk(3))
         elif name in ("seed_loss", "compress_loss"):
@@ -211,6 +231,6 @@ def show(outcome: Outcome) -> None:
         f"\nStudents train for {config.epochs} epochs. A loss is on {UNLABELLED} images without labels in each step, beside"
         f"\n{classification.IMAGES_PER_CLASS * data.CLASSES} labels; its weight is a round number that nobody has tuned, and a loss without a gain here may"
         "\nhave one elsewhere. Schemes have another, smaller student. A gain is positive where the student is better; read it"
-        f"\nagainst its spread. The numbers come again with --seed {config.seed}. Not shown: losses of heads, of boxes and of"
-        "\nsegmentation maps, which want another task (--task lm, --task segmentation)."
+        f"\nagainst its spread. The numbers come again with --seed {config.seed}. Not shown:"
+        + "".join(f"\n  {', '.join(names)}: {why};" for why, names in ELSEWHERE.items())
     )

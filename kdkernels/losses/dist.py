@@ -24,6 +24,7 @@ def dist_loss(
     weight: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
     ignore_index: int = -100,
+    group: torch.distributed.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Inter-class and intra-class relations of a student and a teacher.
@@ -47,6 +48,8 @@ def dist_loss(
             and one of weight 2 counts as two.
         labels: integers of that shape; a row where they equal `ignore_index` is left out of both terms.
         ignore_index: the label that leaves a row out.
+        group: the ranks whose rows are one batch, of which logits, weight and labels are this rank's, as many as it has; default:
+            this process's alone. Values and gradients: kdkernels/distributed/README.md.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
@@ -63,13 +66,29 @@ def dist_loss(
     Against others: the authors' code and mmrazor's DISTLoss multiply by T^2 (`scale_by_t2=True`); some recipes
     have beta = gamma = 2. torchdistill's DISTLoss uses torch's cosine_similarity (`clamp_norms=True`).
     """
-    dim = checks.scores("student_logits", student_logits, "teacher_logits", teacher_logits, dim)
+    with checks.refusing("dist_loss", group):
+        dim = checks.scores("student_logits", student_logits, "teacher_logits", teacher_logits, dim)
+        shape, classes, device = student_logits.shape, student_logits.shape[dim], student_logits.device
+        rows = tuple(shape[:dim] + shape[dim + 1 :])
+        weight = checks.per_row("weight", weight, rows, device)
+        labels = checks.labels_of(labels, rows, classes, ignore_index, device)
     checks.number("temperature", temperature, low=0, open_low=True)
     checks.number("beta", beta)
     checks.number("gamma", gamma)
     checks.number("eps", eps, low=0, open_low=True)
-    shape, classes, device = student_logits.shape, student_logits.shape[dim], student_logits.device
-    rows = tuple(shape[:dim] + shape[dim + 1 :])
+    if group is not None:
+        from kdkernels.distributed.batch import meet
+
+        by_row = [
+            x.movedim(dim, -1).flatten(0, -2) if x.dim() > 1 else x[None] for x in (student_logits, teacher_logits)
+        ]
+        of_rows = [None if x is None else x.reshape(-1) for x in (weight, labels)]
+        samples = meet(
+            "dist_loss", group, student_logits=by_row[0], teacher_logits=by_row[1], weight=of_rows[0], labels=of_rows[1]
+        )
+        student_logits, teacher_logits = (samples.gather(x) for x in by_row)
+        weight, labels = (None if x is None else samples.gather(x) for x in of_rows)
+        dim = -1
     return dist(
         student_logits,
         teacher_logits,
@@ -80,8 +99,8 @@ def dist_loss(
         eps=eps,
         clamp=clamp_norms,
         dim=dim,
-        weight=checks.per_row("weight", weight, rows, device),
-        labels=checks.labels_of(labels, rows, classes, ignore_index, device),
+        weight=weight,
+        labels=labels,
         ignore_index=ignore_index,
         backend=backend,
         operation="dist_loss",
