@@ -6,6 +6,7 @@ few; a student is the same with every loss. Weights are round numbers that nobod
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -112,6 +113,8 @@ class Outcome:
 def loss_of(name: str, options: dict[str, Any], queue: torch.Tensor, backend: str) -> Callable[..., torch.Tensor]:
     """The loss of (student's, teacher's); what else one needs is made of the teacher's."""
     function = getattr(kdkernels, name)
+    if "backend" in inspect.signature(function).parameters:  # margins are torch's operations
+        options = {**options, "backend": backend}
 
     def loss(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         more: Sequence[Any] = (t,)
@@ -129,7 +132,7 @@ def loss_of(name: str, options: dict[str, Any], queue: torch.Tensor, backend: st
         elif name == "local_structure_loss":  # each image's nearest in the teacher's eyes
             near = (-torch.cdist(t, t)).fill_diagonal_(-torch.inf).topk(5).indices
             more = (t, torch.stack([near.flatten(), torch.arange(len(t), device=t.device).repeat_interleave(5)]))
-        return function(s, *more, **options, backend=backend)
+        return function(s, *more, **options)
 
     return loss
 
