@@ -26,6 +26,8 @@ PEERS = {
     "mdistiller": "put a checkout of mdistiller on PYTHONPATH",
     "liger_kernel": "pip install liger-kernel",
     "trl": "pip install trl",
+    "torchtune": "pip install torchtune 'torchao<0.12'",
+    "modelopt": "pip install nvidia-modelopt",
 }
 sys.path.insert(0, str(DOCS / "generate"))
 sys.dont_write_bytecode, before = True, sys.dont_write_bytecode

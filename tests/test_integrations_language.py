@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from published import close, gradients
 from standins import randn, same
 
-from kdkernels.integrations import liger
-from kdkernels.integrations.trl import generalized_jsd_loss
+from kdkernels.integrations import liger, torchtune
+from kdkernels.integrations.modelopt import LogitsDistillationLoss
+from kdkernels.integrations.trl import generalized_jsd_loss, use_in
 
 B, T, V, H = 2, 3, 7, 4
 LABELS = torch.tensor([[1, -100, 3], [-100, 0, 6]])
@@ -42,6 +43,72 @@ def test_trl(beta):
              lambda s, t: soft(s, t, beta, 1.0)[kept].sum() / 10, *logits)  # fmt: skip
     with pytest.raises(ValueError, match="reduction"):
         generalized_jsd_loss(*logits, reduction="none")
+
+
+def test_trl_trainer():
+    class Trainer:
+        generalized_jsd_loss = staticmethod(lambda **_: None)
+
+    one, other = use_in(Trainer()), Trainer()
+    s, t = randn(B, T, V), randn(B, T, V, seed=1)
+    # As TRL 1.16's compute_loss calls it.
+    loss = one.generalized_jsd_loss(
+        student_logits=s, teacher_logits=t, labels=LABELS, beta=0.3, num_items_in_batch=torch.tensor(4)
+    )
+    assert torch.equal(loss, generalized_jsd_loss(s, t, LABELS, 0.3, num_items_in_batch=4))
+    assert other.generalized_jsd_loss() is None
+    with pytest.raises(TypeError, match="method generalized_jsd_loss, as GKDTrainer; got int"):
+        use_in(1)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_torchtune(normalize):
+    s, t, kept = randn(B * T, V), randn(B * T, V, seed=1), LABELS.flatten() != -100
+
+    def forward(s, t):
+        rows = -(t.softmax(-1) * s.log_softmax(-1)).sum(-1)
+        return rows[kept].mean() if normalize else rows[kept].sum()
+
+    def reverse(s, t):
+        rows = (s.softmax(-1) * (s.log_softmax(-1) - t.log_softmax(-1))).sum(-1)
+        return rows[kept].mean() if normalize else rows[kept].sum()
+
+    def symmetric(s, t):
+        return 0.3 * forward(s, t) + 0.7 * reverse(s, t)
+
+    for name, arguments, published in (
+        ("Forward", (), forward),
+        ("Reverse", (), reverse),
+        ("Symmetric", (0.3,), symmetric),
+    ):
+        loss = getattr(torchtune, f"{name}KLLoss")(*arguments)
+        same(lambda s, t, loss=loss: loss(s, t, LABELS, normalize), published, s, t, teachers=True)
+        nothing = loss(s.requires_grad_(), t, torch.full((B, T), -100), normalize)
+        assert nothing == 0
+        s = s.detach()
+        if normalize:
+            chunked = getattr(torchtune, f"{name}KLWithChunkedOutputLoss")(2, *arguments)
+            same(lambda s, t, loss=chunked: loss(s.view(B, T, V).chunk(2, 1), t.view(B, T, V).chunk(2, 1), LABELS),
+                 published, s, t, teachers=True)  # fmt: skip
+            assert chunked(s[None].chunk(2, 1), t[None].chunk(2, 1), torch.full((1, B * T), -100)) == 0
+    with pytest.raises(ValueError, match="sym_kd_ratio must be between 0 and 1, got 1.5"):
+        torchtune.SymmetricKLLoss(1.5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum", "none"])
+def test_modelopt(reduction):
+    def published(s, t):
+        terms = F.kl_div((s / 2).log_softmax(-1), (t / 2).softmax(-1), reduction="none")
+        rows, elements = terms.sum(-1), terms.numel()
+        return (
+            4 * {"mean": rows.sum() / elements, "batchmean": rows.sum() / B, "sum": rows.sum(), "none": rows}[reduction]
+        )
+
+    loss = LogitsDistillationLoss(2.0, reduction)
+    same(loss, published, randn(B, T, V), randn(B, T, V, seed=1))
+    assert not loss(randn(B, V), randn(B, V, seed=1).requires_grad_()).requires_grad
+    with pytest.raises(ValueError, match="reduction"):
+        LogitsDistillationLoss(reduction="rowmean")
 
 
 @pytest.mark.parametrize("beta", BETAS)

@@ -1,7 +1,7 @@
 """TRL's generalised Jensen-Shannon divergence, by our kernels.
 
-    from kdkernels.integrations.trl import generalized_jsd_loss
-    GKDTrainer.generalized_jsd_loss = staticmethod(generalized_jsd_loss)
+    from kdkernels.integrations.trl import use_in
+    use_in(trainer)                 # one GKDTrainer; its class stays as it is
 
 Arguments, values and gradients are TRL's. What is deliberately not as there: a loss of half-precision logits is float32; -inf
 in both models' logits counts 0 (there: NaN); reduction="none", which makes a tensor of the logits' size, is an error.
@@ -9,12 +9,16 @@ in both models' logits counts 0 (there: NaN); reduction="none", which makes a te
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 
 import kdkernels
 from kdkernels.losses import checks
 
-__all__ = ["generalized_jsd_loss"]
+__all__ = ["generalized_jsd_loss", "use_in"]
+
+Trainer = TypeVar("Trainer")
 
 
 def generalized_jsd_loss(
@@ -44,3 +48,18 @@ def generalized_jsd_loss(
         reduction=ours, num_items=num_items_in_batch,
     )  # fmt: skip
     return loss / student_logits.shape[-1] if reduction == "mean" and num_items_in_batch is None else loss
+
+
+def use_in(trainer: Trainer) -> Trainer:
+    """Makes one trainer compute its loss here, and returns it.
+
+    Args:
+        trainer: a GKDTrainer, or any that calls its own `generalized_jsd_loss` with those arguments.
+
+    Raises:
+        TypeError: it has no such method.
+    """
+    if not callable(getattr(trainer, "generalized_jsd_loss", None)):
+        raise TypeError(f"trainer must have a method generalized_jsd_loss, as GKDTrainer; got {type(trainer).__name__}")
+    trainer.generalized_jsd_loss = generalized_jsd_loss  # type: ignore[attr-defined]
+    return trainer
