@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from kdkernels import Queue, distillation_loss, kl_div, linear_distillation_loss
+from kdkernels import Queue, compress_loss, distillation_loss, kl_div, linear_distillation_loss
 from kdkernels.distributed import count_items, vocab_parallel_linear_loss, vocab_parallel_loss
 
 RANKS = 4
@@ -119,7 +119,10 @@ def heads_as_in_one_process(group: Any) -> None:
         bias = torch.randn(V).requires_grad_()
         labels = torch.randint(0, V, (2, 4))
         labels[1, 1] = -100
-        options = {"divergence": divergence, "divergence_options": options, "student_softcap": 4.0}
+        options = {
+            "divergence": divergence, "divergence_options": options, "student_softcap": 4.0, "student_logit_scale": 0.8,
+            "teacher_logit_scale": 1.2,
+        }  # fmt: skip
         expected = linear_distillation_loss(
             hidden[0], weights[0], hidden[1], weights[1], labels, 1.5, alpha, student_bias=bias, **options
         )
@@ -139,6 +142,50 @@ def heads_as_in_one_process(group: Any) -> None:
             shard(wanted[4], group, 0),
         )
         close(got, whole)
+
+
+@check
+def a_rank_without_classes(group: Any) -> None:
+    """The last one's shard is empty: it takes part, and its hidden states' gradient is whole."""
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    s, t, labels = scores()
+    parts = [x.detach().chunk(ranks - 1, -1)[rank] if rank < ranks - 1 else x.detach()[:, V:] for x in (s, t)]
+    hidden, head = torch.randn(N, H).requires_grad_(), torch.randn(V, H)
+    mine = head.chunk(ranks - 1)[rank] if rank < ranks - 1 else head[V:]
+    for divergence in ("forward_kl", "reverse_kl", "js"):
+        for reduction in ("rowmean", "none"):
+            options = {"divergence": divergence, "reduction": reduction}
+            local = [x.clone().requires_grad_() for x in parts]
+            loss = vocab_parallel_loss(*local, labels, 1.0, 0.6, **options, group=group)
+            expected = distillation_loss(s, t, labels, 1.0, 0.6, **options)
+            close(loss, expected)
+            got, whole = torch.autograd.grad(loss.sum(), local), torch.autograd.grad(expected.sum(), (s, t))
+            start = rank * parts[0].shape[1] if rank < ranks - 1 else V
+            close(got, tuple(w[:, start : start + parts[0].shape[1]] for w in whole))
+        for dtype in (torch.float32, torch.bfloat16):
+            x, weights = (
+                hidden.detach().to(dtype).requires_grad_(),
+                [w.to(dtype).requires_grad_() for w in (mine, mine.flip(1))],
+            )
+            loss = vocab_parallel_linear_loss(x, weights[0], x.detach(), weights[1], divergence=divergence, group=group)
+            wide = x.detach().float().requires_grad_()
+            all_weights = [w.to(dtype).float() for w in (head, head.flip(1))]
+            expected = linear_distillation_loss(
+                wide,
+                all_weights[0],
+                wide.detach(),
+                all_weights[1],
+                labels.clamp(min=0),
+                1.0,
+                1.0,
+                divergence=divergence,
+            )
+            close(loss, expected)
+            got, wanted = torch.autograd.grad(loss, (x, *weights)), torch.autograd.grad(expected, wide)[0]
+            torch.testing.assert_close(
+                got[0].float(), wanted, rtol=2**-7 if dtype != torch.float32 else 2e-5, atol=1e-6
+            )
+            assert got[1].shape == mine.shape
 
 
 @check
@@ -203,14 +250,44 @@ def queues_agree_on_all_ranks(group: Any) -> None:
 
 
 @check
+def queues_inside_data_parallel_models(group: Any) -> None:
+    """DDP broadcasts rank 0's buffers before each forward: a queue filled from all ranks is the same already, and a loss that
+    read it goes backward after the enqueue."""
+
+    class Student(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.Linear(4, 3)
+            self.queue = Queue(8, 3, generator=torch.Generator().manual_seed(0))
+
+        def forward(self, x: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+            loss = compress_loss(self.net(x), teacher, self.queue.entries)
+            self.queue.enqueue(teacher, group=group)
+            return loss
+
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    student, batches = Student(), torch.randn(3, 2 * ranks, 7)
+    alone = torch.nn.Linear(4, 3)
+    alone.load_state_dict(student.net.state_dict())
+    whole = Queue(8, 3, generator=torch.Generator().manual_seed(0))
+    parallel = torch.nn.parallel.DistributedDataParallel(student, process_group=group)
+    for batch in batches:
+        mine = batch[2 * rank : 2 * rank + 2]
+        parallel.zero_grad()
+        parallel(mine[:, :4], mine[:, 4:]).backward()
+        alone.zero_grad()
+        compress_loss(alone(batch[:, :4]), batch[:, 4:], whole.entries).backward()
+        whole.enqueue(batch[:, 4:])
+        close([p.grad for p in student.net.parameters()], [p.grad for p in alone.parameters()])
+        assert torch.equal(student.queue.entries, whole.entries)
+        assert student.queue.position == whole.position
+
+
+@check
 def bad_input(group: Any) -> None:
     for arguments, words in (
         ({"divergence": "decoupled_kl"}, "not available over a sharded vocabulary"),
         ({"alpha": 0.5}, "labels must be a tensor where alpha is below 1"),
-        (
-            {"student_logits": torch.zeros(N, 0), "teacher_logits": torch.zeros(N, 0)},
-            "shard of the vocabulary is empty",
-        ),
         ({"labels": torch.full((N,), V)}, f"outside 0 to {V - 1}"),
     ):
         s, t, _ = scores()

@@ -94,6 +94,22 @@ def liger_jsd() -> Loss:
     return loss
 
 
+@peer("liger-kernel", ("linear_js_div",))
+def liger_linear_js_div() -> Loss:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    def loss(
+        student_hidden: torch.Tensor, student_weight: torch.Tensor, teacher_hidden: torch.Tensor,
+        teacher_weight: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        jsd = LigerFusedLinearJSDLoss(0.0, 1.0, beta=0.5, compiled=student_hidden.is_cuda)
+        student, teacher = _rows(student_hidden), _rows(teacher_hidden)
+        labels = torch.zeros(student.shape[0], dtype=torch.int64, device=student.device)  # of a term of weight 0
+        return jsd(student, student_weight, teacher, teacher_weight, labels)
+
+    return loss
+
+
 def _trl() -> Any:
     try:
         from trl.experimental.gkd.gkd_trainer import GKDTrainer

@@ -9,6 +9,7 @@ shards share, are added up once. Everything is computed in float32 (float64 logi
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,7 +68,7 @@ def _run(
 ) -> torch.Tensor:
     """The loss of every row, on all ranks; the sides keep their gradients."""
     rows, device = weight.shape[0], weight.device
-    step = chunk_rows(rows, classes, classes, job.chunk_bytes, BUFFERS, device.type)
+    step = chunk_rows(rows, max(classes, 1), classes, job.chunk_bytes, BUFFERS, device.type)
     losses = torch.empty(rows, dtype=dtype, device=device)
     z_s, z_t = (torch.empty(step, classes, dtype=dtype, device=device) for _ in range(2))
     hard = torch.empty(rows, dtype=dtype, device=device) if job.ce is not None else None
@@ -141,6 +142,8 @@ def _chunk(
 
 def _own(x: torch.Tensor, labels: torch.Tensor, start: int) -> torch.Tensor:
     """The label's score (rows, 1) where this rank has it, else 0."""
+    if x.shape[1] == 0:
+        return x.new_zeros(x.shape[0], 1)
     at = labels.unsqueeze(1) - start
     here = (at >= 0) & (at < x.shape[1])
     return x.gather(1, at.where(here, 0)).where(here, 0.0)
@@ -148,6 +151,8 @@ def _own(x: torch.Tensor, labels: torch.Tensor, start: int) -> torch.Tensor:
 
 def _add_own(gradient: torch.Tensor, labels: torch.Tensor | None, start: int, value: torch.Tensor) -> None:
     assert labels is not None
+    if gradient.shape[1] == 0:
+        return
     at = labels.unsqueeze(1) - start
     here = (at >= 0) & (at < gradient.shape[1])
     at = at.where(here, 0)
@@ -178,6 +183,8 @@ def _terms(
     job: _Job, a: torch.Tensor, b: torch.Tensor, w: torch.Tensor, want_s: bool, want_t: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Of log-probabilities: the rows' weighted divergence, and its derivatives."""
+    if a.shape[1] == 0:  # a rank without classes: it takes part in the collectives
+        return torch.zeros_like(w), torch.empty_like(a) if want_s else None, torch.empty_like(b) if want_t else None
     if job.backend == "reference":
         with torch.enable_grad():
             a, b = a.detach().requires_grad_(want_s), b.detach().requires_grad_(want_t)
@@ -295,8 +302,6 @@ def _finish(
     checks.number("alpha", alpha, low=0, high=1)
     checks.items(num_items)
     checks.choice("reduction", reduction, ("rowmean", "batchmean", "sum", "none"))
-    if classes == 0:
-        raise ValueError("this rank's shard of the vocabulary is empty: give every rank at least one class")
     hard = labels is not None and not (isinstance(alpha, (int, float)) and alpha == 1)
     if labels is None and isinstance(alpha, (int, float)) and alpha != 1:
         raise TypeError("labels must be a tensor where alpha is below 1: the hard-label term needs them")
@@ -307,8 +312,9 @@ def _finish(
     start = dist.get_rank(group) * classes if vocab_start is None else vocab_start
     dtype = torch.float64 if torch.float64 in [x.dtype for x in given] else torch.float32
     weight = checks.per_row("weight", weight, rows, device)
-    # Classes of other ranks are not known here: at most this many where all shards are alike.
-    labels = checks.labels_of(labels, rows, 2**62 if vocab_start is not None else classes * ranks, ignore_index, device)
+    # Classes of other ranks are not known here: this many where all shards are alike.
+    known = vocab_start is None and classes > 0
+    labels = checks.labels_of(labels, rows, classes * ranks if known else 2**62, ignore_index, device)
     w = torch.ones(rows, dtype=dtype, device=device) if weight is None else weight.detach().to(dtype)
     if labels is not None:
         w = w.masked_fill(labels == ignore_index, 0.0)
@@ -357,7 +363,8 @@ def vocab_parallel_loss(
     Every rank calls it with its shard and gets the loss of the whole vocabulary, and the gradient of its shard.
 
     Args:
-        student_logits: (..., V_local), float16, bfloat16, float32 or float64; or a DTensor sharded along its last axis.
+        student_logits: (..., V_local), float16, bfloat16, float32 or float64; or a DTensor sharded along its last axis. A rank
+            may have no class at all.
         teacher_logits: the same shard of the teacher's.
         labels: indices into the whole vocabulary; they mask rows, and are the targets where alpha is below 1.
         temperature, divergence, divergence_options, teacher_temperature, scale_by_t2, weight, ignore_index, num_items: as
@@ -373,7 +380,7 @@ def vocab_parallel_loss(
         A float32 scalar (float64 for float64 logits), or one value a row; the same on all ranks.
 
     Raises:
-        ValueError, TypeError, IndexError, BackendError: as distillation_loss; ValueError for an empty shard.
+        ValueError, TypeError, IndexError, BackendError: as distillation_loss.
     """
     start = vocab_start
     student_logits, group, start = _local("student_logits", student_logits, -1, group, start)
@@ -387,8 +394,8 @@ def vocab_parallel_loss(
         )
     rows, classes = tuple(student_logits.shape[:-1]), student_logits.shape[-1]
     flat = (
-        student_logits.reshape(-1, classes) if classes else student_logits,
-        teacher_logits.reshape(-1, max(classes, 1)),
+        student_logits.reshape(math.prod(rows), classes),
+        teacher_logits.reshape(math.prod(rows), classes),
     )
     return _finish(
         _of_logits, flat, rows, classes, torch.float16 in (student_logits.dtype, teacher_logits.dtype), labels, temperature,
@@ -408,6 +415,8 @@ def vocab_parallel_linear_loss(
     *,
     student_bias: torch.Tensor | None = None,
     teacher_bias: torch.Tensor | None = None,
+    student_logit_scale: Number | None = None,
+    teacher_logit_scale: Number | None = None,
     student_softcap: Number | None = None,
     teacher_softcap: Number | None = None,
     divergence: str = "forward_kl",
@@ -430,7 +439,7 @@ def vocab_parallel_linear_loss(
         student_weight: (V_local, H_s), this rank's rows; or a DTensor sharded along its first axis.
         teacher_hidden, teacher_weight: (..., H_t) and (V_local, H_t).
         student_bias, teacher_bias: (V_local,).
-        student_softcap, teacher_softcap: as linear_kl_div.
+        student_logit_scale, teacher_logit_scale, student_softcap, teacher_softcap: as linear_kl_div.
 
     The other arguments, the result and the errors are vocab_parallel_loss's; float64 is not available.
     """
@@ -460,11 +469,13 @@ def vocab_parallel_linear_loss(
             f"{tuple(student_hidden.shape)} and {tuple(teacher_hidden.shape)}, heads {tuple(student_weight.shape)} and "
             f"{tuple(teacher_weight.shape)}"
         )
+    checks.number("student_logit_scale", student_logit_scale)
+    checks.number("teacher_logit_scale", teacher_logit_scale)
     checks.number("student_softcap", student_softcap, low=0, open_low=True)
     checks.number("teacher_softcap", teacher_softcap, low=0, open_low=True)
 
     def make(tensors: Any, wants: list[bool]) -> Any:
-        return _of_heads(tensors, wants, (None, student_softcap, None, teacher_softcap))
+        return _of_heads(tensors, wants, (student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap))
 
     tensors = (
         student_hidden.reshape(-1, student_hidden.shape[-1]), student_weight, student_bias, None,

@@ -46,6 +46,8 @@ class Products:
             if factor is not None:
                 out.mul_(factor)
             return
+        if self.weight.shape[0] == 0:  # a rank of a group without classes
+            out.zero_()
         for i, (part, weight) in enumerate(self._wide_weight()):
             out.addmm_(gradient[:, part], weight, beta=0 if i == 0 else 1)
 
@@ -65,7 +67,7 @@ class Products:
         if self.weight.dtype == torch.float32:
             yield slice(None), self.weight
             return
-        step = min(max(SLAB_BYTES // (4 * max(width, 1)), 1), classes)
+        step = max(min(SLAB_BYTES // (4 * max(width, 1)), classes), 1)
         if self._slab is None:  # one memory for all, as fresh pages cost more than what is done with them
             self._slab = torch.empty(step, width, dtype=torch.float32, device=self.weight.device)
         for start in range(0, classes, step):
