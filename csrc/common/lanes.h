@@ -57,6 +57,17 @@ template <typename Real, typename V>
 KDK_INLINE void store(Real* p, V v) {
   memcpy(p, &v, sizeof(v));
 }
+// A value that is used often: without this GCC loads it for each use.
+template <typename V>
+KDK_INLINE V in_register(V v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__SSE__)
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
+
 KDK_INLINE Floats broadcast(float x) { return x - Floats{}; }
 KDK_INLINE Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
 

@@ -80,9 +80,9 @@ void distance_block(const Real* a, const Real* b, int64_t stride, int64_t n,
   Vector<Real> sums[kRows][kColumns] = {};
   for (int64_t i = 0; i < n; i += kStep) {
     Vector<Real> y[kColumns];
-    for (int c = 0; c < kColumns; ++c) y[c] = load(b + c * stride + i);
+    for (int c = 0; c < kColumns; ++c) y[c] = in_register(load(b + c * stride + i));
     for (int r = 0; r < kRows; ++r) {
-      const Vector<Real> x = load(a + r * stride + i);
+      const Vector<Real> x = in_register(load(a + r * stride + i));
       for (int c = 0; c < kColumns; ++c) {
         const Vector<Real> d = x - y[c];
         sums[r][c] += d * d;
@@ -161,7 +161,8 @@ void gradient_block(const float* x, const float* partners, int64_t stride, int64
     for (int v = 0; v < kVectors; ++v) own[r][v] = load(x + r * stride + v * kFloats);
   for (int64_t j = 0; j < count; ++j) {
     Floats y[kVectors];
-    for (int v = 0; v < kVectors; ++v) y[v] = load(partners + j * stride + v * kFloats);
+    for (int v = 0; v < kVectors; ++v)
+      y[v] = in_register(load(partners + j * stride + v * kFloats));
     for (int r = 0; r < kRows; ++r) {
       const float weight = w[j * kTile + r];
       for (int v = 0; v < kVectors; ++v) sums[r][v] += weight * (own[r][v] - y[v]);

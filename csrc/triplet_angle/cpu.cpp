@@ -34,17 +34,6 @@ struct Job {
   float beta;
 };
 
-// A value that is used often: without this GCC loads it for each use.
-template <typename V>
-KDK_INLINE V in_register(V v) {
-#if defined(__AVX512F__)
-  asm("" : "+v"(v));
-#elif defined(__SSE__)
-  asm("" : "+x"(v));
-#endif
-  return v;
-}
-
 // x cut to [-1, 1].
 KDK_INLINE Floats to_one(Floats x) {
 #if defined(__AVX512DQ__)

@@ -26,7 +26,8 @@ def kernels(
     spec: Spec, case: Case, shape: Shape, dtype: torch.dtype, names: tuple[str, ...], device: torch.device
 ) -> dict[str, tuple[float, str]]:
     """backend -> (worst error over bar, why it failed or ""), against float64 at this shape or at fewer rows of it."""
-    small = cut(shape, ORACLE_ELEMENTS.get(device.type, 2**22))
+    rows, *rest = cut(shape, ORACLE_ELEMENTS.get(device.type, 2**22))
+    small = (min(rows, case.oracle_rows or rows), *rest)
     verdicts = dict.fromkeys(names, (0.0, ""))
     for result in accuracy.check(spec, case, small, (dtype,), names, device, seeds=1):
         ratio, why = verdicts[result.backend]

@@ -43,6 +43,8 @@ class Case:
             is not traffic but matrix products.
         bench_dtypes: what to time.
         bench_grads: the inputs that get a gradient when timed; default: the first of `grads` (a teacher is frozen).
+        oracle_rows: how many entries of the first axis float64 is asked for before timing, where its cost grows faster
+            than the inputs.
         headline: whether the README's table shows it.
     """
 
@@ -59,6 +61,7 @@ class Case:
     floor_work: Callable[[Inputs, bool], Callable[[], Any]] | None = None
     bench_dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     bench_grads: tuple[str, ...] = ()
+    oracle_rows: int | None = None
     headline: bool = False
 
 

@@ -99,7 +99,8 @@ def _case(
     return Case(
         name, function, make, options, eager, grads=grads, shapes=SHAPES,
         bench=BENCH if bench else {}, bench_gpu=BENCH_GPU if bench else {},
-        floor_bytes=floor_bytes, bench_dtypes=(torch.float32, torch.bfloat16), headline=bench and eager is eager_distance,
+        floor_bytes=floor_bytes, bench_dtypes=(torch.float32, torch.bfloat16), oracle_rows=128,
+        headline=bench and eager is eager_distance,
     )  # fmt: skip
 
 
