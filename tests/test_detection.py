@@ -394,6 +394,86 @@ def test_margin_mse(generator: torch.Generator) -> None:
     same(got, F.mse_loss(sp[:, None] - many_s, tp[:, None] - many_t))
 
 
+# ------------------------------------------------------------------------------------------------ what every one must bear
+
+
+def fgd(s: torch.Tensor, t: torch.Tensor, **options: Any) -> torch.Tensor:
+    boxes = torch.tensor([[0.5, 0.5, 2.0, 2.5]], device=s.device).expand(len(s), 1, 4)
+    return kd.fgd_loss(s, t, boxes, **options)
+
+
+def variational(s: torch.Tensor, t: torch.Tensor, **options: Any) -> torch.Tensor:
+    return kd.variational_information_loss(s, t, torch.zeros(s.shape[1], device=s.device), **options)
+
+
+LOSSES: dict[str, Any] = {
+    "fgd": fgd,
+    "variational": variational,
+    "pearson": kd.pearson_feature_loss,
+    "context": kd.hierarchical_context_loss,
+    "cosine": lambda s, t, **o: kd.cosine_loss(s, t, dim=1, **o),
+}
+ALONE = {  # those in which an image's gradient does not depend on the others
+    **{n: LOSSES[n] for n in ("fgd", "variational", "context", "cosine")},
+    "hint": kd.hint_loss, "attention": kd.attention_transfer_loss,
+    "channel attention": lambda s, t, **o: kd.channel_attention_transfer_loss(s, t, distance="norm", **o),
+}  # fmt: skip
+
+
+def gradient(loss: Any, s: torch.Tensor, t: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    s = s.detach().requires_grad_()
+    value = loss(s, t, **options)
+    return value.detach(), torch.autograd.grad(value, s)[0]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_empty_batch(target: Target, name: str) -> None:
+    x = torch.zeros(0, 3, 4, 4, device=target.device)
+    loss, ds = gradient(LOSSES[name], x, x, backend=target.backend)
+    assert loss == 0 or name == "context"  # a mean of nothing at a coarser size
+    assert ds.shape == x.shape
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_zero_maps(target: Target, name: str, generator: torch.Generator) -> None:
+    s, t = (x.to(target.device) for x in pair(generator, 2, 3, 4, 4, dtype=torch.float32))
+    s[0] = 0
+    for a, b in ((s, t), (t, s), (torch.zeros_like(s), torch.zeros_like(t))):
+        assert all(x.isfinite().all() for x in gradient(LOSSES[name], a, b, backend=target.backend))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_half_precision_does_not_overflow(target: Target, name: str, generator: torch.Generator) -> None:
+    s, t = ((2e4 * x).half().clamp(-6e4, 6e4) for x in pair(generator, 2, 33, 4, 4, dtype=torch.float32))
+    loss, ds = gradient(LOSSES[name], s.to(target.device), t.to(target.device), backend=target.backend)
+    exact, wide = gradient(LOSSES[name], s.double(), t.double())
+    torch.testing.assert_close(loss.cpu().double(), exact, rtol=1e-5, atol=0)
+    assert torch.equal(ds.cpu().isfinite(), wide.half().isfinite())
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_nan_stays_in_its_image(target: Target, name: str, generator: torch.Generator) -> None:
+    s, t = (x.to(target.device) for x in pair(generator, 3, 3, 4, 4, dtype=torch.float32))
+    _, whole = gradient(ALONE[name], s, t, backend=target.backend)
+    s[1, 0, 0, 0] = torch.nan
+    loss, broken = gradient(ALONE[name], s, t, backend=target.backend)
+    assert loss.isnan()
+    assert broken[1].isnan().any()
+    assert torch.equal(broken[::2], whole[::2])
+
+
+def test_boxes_that_are_none(target: Target, generator: torch.Generator) -> None:
+    """NaN corners, sides below 0, and boxes wholly outside change nothing."""
+    s, t = (x.to(target.device) for x in pair(generator, 1, 3, 7, 9, dtype=torch.float32))
+    good = torch.tensor([[1.0, 1.0, 4.0, 3.0]])
+    bad = torch.tensor(
+        [[torch.nan, 1.0, 2.0, 2.0], [5.0, 1.0, 2.0, 2.0], [50.0, 50.0, 60.0, 60.0], [-9.0, -9.0, -5.0, -5.0]]
+    )
+    expected = gradient(kd.fgd_loss, s, t, boxes=[good.to(s.device)], backend=target.backend)
+    got = gradient(kd.fgd_loss, s, t, boxes=[torch.cat([bad, good, bad]).to(s.device)], backend=target.backend)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 # -------------------------------------------------------------------------------------------------------------- bad input
 
 X = torch.zeros(2, 3, 4, 4)

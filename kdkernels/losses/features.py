@@ -219,7 +219,7 @@ def _attention(
     if distance == "squared":
         return sums.ordered_sum(squares.sum(1)) / max(squares.numel(), 1)
     rows = squares.sum(1)
-    apart = rows > 0  # the root has no derivative at 0
+    apart = rows != 0  # the root has no derivative at 0; NaN stays NaN
     return sums.ordered_sum(rows.where(apart, 1.0).sqrt().where(apart, 0.0)) / max(rows.numel(), 1)
 
 
