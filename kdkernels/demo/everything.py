@@ -6,7 +6,6 @@ few; a student is the same with every loss. Weights are round numbers that nobod
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -113,8 +112,7 @@ class Outcome:
 def loss_of(name: str, options: dict[str, Any], queue: torch.Tensor, backend: str) -> Callable[..., torch.Tensor]:
     """The loss of (student's, teacher's); what else one needs is made of the teacher's."""
     function = getattr(kdkernels, name)
-    if "backend" in inspect.signature(function).parameters:  # margins are torch's operations
-        options = {**options, "backend": backend}
+    options = {**options, "backend": backend}
 
     def loss(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         more: Sequence[Any] = (t,)
