@@ -21,8 +21,8 @@ from kdkernels.ops.linear_divergence.heads import (
     view,
 )
 from kdkernels.ops.row_divergence.kinds import STATS, Inputs, Kind
-from kdkernels.ops.row_divergence.op import COUNT_CE, COUNT_KD, _divisors, _flat, _given_divisors, _kernels, _value
-from kdkernels.ops.scalars import Number, pack
+from kdkernels.ops.row_divergence.op import COUNT_CE, COUNT_KD, _flat, _given_divisors, _kernels, _plan
+from kdkernels.ops.scalars import Number
 
 _NOBODY: Any = Head(None, None)  # type: ignore[arg-type]
 
@@ -234,12 +234,14 @@ def linear_divergence(
         sides = tuple(Head(*(None if x is None else x.detach() for x in head[:4]), *head[4:]) for head in sides)
     student, other = sides
     leading = student.hidden.shape[:-1]
-    hard = ce_weight is not None
     # The logits' shape, in the memory of one element.
     scores = student.hidden.new_empty(()).expand(*leading, student.weight.shape[0] + (student.own is not None))
-    kd_divisor, ce_divisor, count = _divisors(
-        scores.shape, len(leading), reduction, labels is not None or weight is not None, hard, num_items
-    )
+    # As if they were one row_divergence: `count` says which divisors it would have counted.
+    scalars, (_, _, hard, count, *_) = _plan(
+        scores.shape, len(leading), reduction, labels is not None or weight is not None, int(kind), Inputs.LOGITS.value,
+        temperature, teacher_temperature, kd_weight, ce_weight, scale_by_t2, label_smoothing, p0, p1, num_items,
+        ignore_index, backend,
+    )  # fmt: skip
     divisors = _given_divisors(num_items, reduction, scores.device)
     labels, weight = _flat(labels, torch.int64), _flat(weight, torch.float32)
     class_weight = _flat(class_weight, torch.float32)
@@ -247,19 +249,6 @@ def linear_divergence(
         divisors = divisors.contiguous()
     if count:
         divisors = _counted(count, labels, weight, class_weight, ignore_index, scores)
-    kd_factor = _value(kd_weight) / kd_divisor
-    if scale_by_t2:
-        kd_factor = kd_factor * _value(temperature) ** 2
-    scalars = pack((
-        temperature,
-        temperature if teacher_temperature is None else teacher_temperature,
-        kd_factor,
-        0.0 if ce_weight is None else _value(ce_weight) / ce_divisor,
-        label_smoothing,
-        p0,
-        p1,
-        0.0,
-    ))  # fmt: skip
     head_scalars, transforms = pack_transforms(student, other)
     flat = [None if x is None else x.reshape(-1, x.shape[-1]) for h in sides for x in (h.hidden, h.own)]
     kept = None
