@@ -47,10 +47,10 @@ def _same_width(function: Call, *queues: torch.Tensor, weighted: bool = True, **
     return call
 
 
-def _crd(batch: dict[str, torch.Tensor], group: Any) -> torch.Tensor:
+def _crd(batch: dict[str, torch.Tensor], group: Any, dense: bool | None = None) -> torch.Tensor:
     s, t = batch["s"], batch["t"][:, :DS]
     bank = _queue(DS).to(s.dtype)
-    return kd.crd_loss(s, t, bank, bank.flip(0), batch["indices"], **_given(group))
+    return kd.crd_loss(s, t, bank, bank.flip(0), batch["indices"], dense=dense, **_given(group))
 
 
 def _labelled(batch: dict[str, torch.Tensor], group: Any, **more: Any) -> torch.Tensor:
@@ -99,6 +99,7 @@ GATHERED: dict[str, Call] = {
     "local": _edges,
     "irg": _irg,
     "crd": _crd,
+    "crd-gathered": lambda batch, group: _crd(batch, group, False),
     "compress": _same_width(kd.compress_loss, _queue(DS), temperature=0.3),
     "seed": _same_width(kd.seed_loss, _queue(DS), teacher_temperature=0.1, reduction="mean"),
     "info_nce-queue": lambda batch, group: kd.info_nce_distillation_loss(

@@ -22,7 +22,7 @@ DTYPES = (
 )  # fmt: skip
 SLOTS, AXES = 4, 5  # tensors of one meeting, and their axes after the samples'
 FIELDS = 5 + AXES
-REFUSED = -1
+REFUSED = UNKNOWN = -1
 # Their names from torch 2.13 on, and before.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -134,7 +134,8 @@ def _notes(x: torch.Tensor | None) -> list[int]:
         return [0] * FIELDS
     axes = [*x.shape[1:AXES], x.shape[AXES:].numel()]
     axes += [1] * (AXES - len(axes))
-    return [1, x.shape[0], DTYPES.index(x.dtype), x.dim(), int(_learns(x)), *axes]
+    dtype = DTYPES.index(x.dtype) if x.dtype in DTYPES else UNKNOWN
+    return [1, x.shape[0], dtype, x.dim(), int(_learns(x)), *axes]
 
 
 def _words(notes: list[int]) -> str:
@@ -142,7 +143,8 @@ def _words(notes: list[int]) -> str:
     if not given:
         return "none"
     shape = ", ".join(["N", *map(str, axes[: dim - 1])])
-    return f"({shape}) in {str(DTYPES[dtype]).removeprefix('torch.')}, {'with' if learns else 'without'} a gradient"
+    kind = "another dtype" if dtype == UNKNOWN else str(DTYPES[dtype]).removeprefix("torch.")
+    return f"({shape}) in {kind}, {'with' if learns else 'without'} a gradient"
 
 
 @contextlib.contextmanager

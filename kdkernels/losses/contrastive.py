@@ -186,24 +186,8 @@ def info_nce_distillation_loss(
         pairs = [(s, t), (t, s)][: 2 if symmetric else 1]
         heads = [Head(x, y if samples is None else samples.gather(y), scale=scale) for x, y in pairs]
         labels = torch.arange(s.shape[0], device=s.device) + (0 if samples is None else samples.own.start)
-    losses = [
-        _call(
-            operation,
-            Kind.FORWARD_KL,
-            head,
-            None,
-            1.0,
-            None,
-            False,
-            reduction,
-            weight,
-            chunk_bytes,
-            samples,
-            backend,
-            labels,
-        )
-        for head in heads
-    ]
+    options = 1.0, None, False, reduction, weight, chunk_bytes, samples, backend, labels
+    losses = [_call(operation, Kind.FORWARD_KL, head, None, *options) for head in heads]
     return sum(losses[1:], losses[0]) / len(losses)
 
 
@@ -247,9 +231,8 @@ def _call(
     _check_chunk(chunk_bytes, student, teacher, kind)
     hard = labels is not None
     together = samples is not None and reduction != "none"
-    if student.hidden.shape[0] == 0 and (
-        hard or samples is not None
-    ):  # nothing, but other ranks wait for the gradients
+    if student.hidden.shape[0] == 0 and (hard or samples is not None):
+        # No sample here, but other ranks wait for the gradients' exchange.
         given = [x for head in (student, teacher) if head is not None for x in (head.hidden, head.own) if x is not None]
         loss = torch.cat(given, 1).sum(1) + 0 * student.weight.sum()
         loss = loss if reduction == "none" else loss.sum()
@@ -293,13 +276,15 @@ class _Gathered(torch.autograd.Function):
     def forward(ctx, x, bank, indices):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(bank, indices)
         ctx.dtype = x.dtype
-        return torch.stack([(bank[i].to(x.dtype) @ row) for i, row in zip(indices, x, strict=True)])
+        products = [bank[i].to(x.dtype) @ row for i, row in zip(indices, x, strict=True)]
+        return torch.stack(products) if products else x.new_empty(indices.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         bank, indices = ctx.saved_tensors
-        return torch.stack([g @ bank[i].to(ctx.dtype) for i, g in zip(indices, upstream, strict=True)]), None, None
+        dx = [g @ bank[i].to(ctx.dtype) for i, g in zip(indices, upstream, strict=True)]
+        return torch.stack(dx) if dx else upstream.new_empty(0, bank.shape[1]), None, None
 
 
 def crd_loss(
