@@ -298,7 +298,7 @@ def _finish(
     if kind == Kind.DECOUPLED_KL:
         raise ValueError("divergence='decoupled_kl' is not available over a sharded vocabulary")
     checks.number("temperature", temperature, low=0, open_low=True)
-    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True)
+    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, optional=True)
     checks.number("alpha", alpha, low=0, high=1)
     checks.items(num_items)
     checks.choice("reduction", reduction, ("rowmean", "batchmean", "sum", "none"))
@@ -469,10 +469,10 @@ def vocab_parallel_linear_loss(
             f"{tuple(student_hidden.shape)} and {tuple(teacher_hidden.shape)}, heads {tuple(student_weight.shape)} and "
             f"{tuple(teacher_weight.shape)}"
         )
-    checks.number("student_logit_scale", student_logit_scale)
-    checks.number("teacher_logit_scale", teacher_logit_scale)
-    checks.number("student_softcap", student_softcap, low=0, open_low=True)
-    checks.number("teacher_softcap", teacher_softcap, low=0, open_low=True)
+    checks.number("student_logit_scale", student_logit_scale, optional=True)
+    checks.number("teacher_logit_scale", teacher_logit_scale, optional=True)
+    checks.number("student_softcap", student_softcap, low=0, open_low=True, optional=True)
+    checks.number("teacher_softcap", teacher_softcap, low=0, open_low=True, optional=True)
 
     def make(tensors: Any, wants: list[bool]) -> Any:
         return _of_heads(tensors, wants, (student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap))

@@ -36,6 +36,33 @@ def float_tensor(name: str, x: torch.Tensor) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {_name(x.dtype)}")
+    dense(name, x)
+
+
+def dense(name: str, x: torch.Tensor) -> None:
+    if x.layout is not torch.strided:
+        raise TypeError(
+            f"{name} must be a dense tensor, got {str(x.layout).removeprefix('torch.')}: pass {name}.to_dense()"
+        )
+
+
+def tensors(name: str, x: Any) -> list[torch.Tensor]:
+    """One tensor, or those of a sequence."""
+    if isinstance(x, torch.Tensor):
+        return [x]
+    if not isinstance(x, (list, tuple)):
+        raise TypeError(f"{name} must be a tensor or a sequence of tensors, got {type(x).__name__}")
+    for i, one in enumerate(x):
+        if not isinstance(one, torch.Tensor):
+            raise TypeError(f"{name}[{i}] must be a tensor, got {type(one).__name__}")
+    return list(x)
+
+
+def integer(name: str, value: int) -> None:
+    if not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit into 64 bits, got {value}")
 
 
 def scores(student_name: str, student: torch.Tensor, teacher_name: str, teacher: torch.Tensor, dim: int) -> int:
@@ -44,6 +71,7 @@ def scores(student_name: str, student: torch.Tensor, teacher_name: str, teacher:
     float_tensor(teacher_name, teacher)
     if student.dim() == 0:
         raise ValueError(f"{student_name} must have a class axis, got a 0-d tensor")
+    integer("dim", dim)
     if not -student.dim() <= dim < student.dim():
         raise IndexError(f"dim must be between {-student.dim()} and {student.dim() - 1}, got {dim}")
     dim %= student.dim()
@@ -62,12 +90,12 @@ def scores(student_name: str, student: torch.Tensor, teacher_name: str, teacher:
 
 
 def number(name: str, value: Number | None, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False,
-           learnable: bool = False) -> None:  # fmt: skip
-    """A finite number, or a tensor with one element, within [low, high] (or above low)."""
-    if value is None:
-        return
+           learnable: bool = False, optional: bool = False) -> None:  # fmt: skip
+    """A finite number, or a tensor with one element, within [low, high] (or above low); or None where that is a choice."""
     if type(value) is float and low < value < high:
         return  # nearly always; not taken for infinities and NaN
+    if value is None and optional:
+        return
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} must be a number or a tensor with one element, got shape {tuple(value.shape)}")
@@ -91,7 +119,7 @@ def number(name: str, value: Number | None, *, low: float = -math.inf, high: flo
 
 def items(num_items: Number | None) -> None:
     """A divisor: positive, or a tensor, which is 0 where no rank has any token."""
-    number("num_items", num_items, low=0, open_low=not isinstance(num_items, torch.Tensor))
+    number("num_items", num_items, low=0, open_low=not isinstance(num_items, torch.Tensor), optional=True)
 
 
 def choice(name: str, value: str, options: tuple[str, ...]) -> None:
@@ -100,21 +128,24 @@ def choice(name: str, value: str, options: tuple[str, ...]) -> None:
 
 
 def labels_of(
-    labels: torch.Tensor | None, rows: tuple[int, ...], classes: int, ignore_index: int, device: torch.device
-) -> torch.Tensor | None:
+    labels: torch.Tensor | None, rows: tuple[int, ...], classes: int, ignore_index: int, device: torch.device,
+    name: str = "labels",
+) -> torch.Tensor | None:  # fmt: skip
     """Labels of every row, as int64."""
+    integer("ignore_index", ignore_index)
     if labels is None:
         return None
     if not isinstance(labels, torch.Tensor):
-        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
+        raise TypeError(f"{name} must be a tensor, got {type(labels).__name__}")
+    dense(name, labels)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must hold class indices (int64), got {_name(labels.dtype)}")
+        raise TypeError(f"{name} must hold class indices (int64), got {_name(labels.dtype)}")
     if tuple(labels.shape) != rows:
         raise ValueError(
-            f"labels must have the shape of the scores without the class axis, {rows}; got {tuple(labels.shape)}"
+            f"{name} must have the shape of the scores without the class axis, {rows}; got {tuple(labels.shape)}"
         )
     if labels.device != device:
-        raise ValueError(f"labels must be on {device} with the scores, got {labels.device}")
+        raise ValueError(f"{name} must be on {device} with the scores, got {labels.device}")
     labels = labels.long()
     if labels.numel() and _may_read(labels):
         low, high = (int(v) for v in labels.aminmax())
@@ -122,7 +153,7 @@ def labels_of(
             bad = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
             if bad.numel():
                 raise IndexError(
-                    f"labels hold {bad[0]}, outside 0 to {classes - 1} and not ignore_index ({ignore_index})"
+                    f"{name} hold {bad[0]}, outside 0 to {classes - 1} and not ignore_index ({ignore_index})"
                 )
     return labels
 
@@ -133,6 +164,7 @@ def per_row(name: str, x: torch.Tensor | None, rows: tuple[int, ...], device: to
         return None
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    dense(name, x)
     if tuple(x.shape) != rows:
         raise ValueError(
             f"{name} must have the shape of the scores without the class axis, {rows}; got {tuple(x.shape)}"
@@ -179,6 +211,7 @@ def same_device(**tensors: torch.Tensor) -> None:
 
 def indices(name: str, x: torch.Tensor, size: int) -> None:
     """Places in a table of `size` entries."""
+    dense(name, x)
     if x.numel() and _may_read(x):
         low, high = (int(v) for v in x.aminmax())
         if low < 0 or high >= size:

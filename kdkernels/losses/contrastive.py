@@ -225,7 +225,7 @@ def _call(
     labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     checks.number("temperature", temperature, low=0, open_low=True)
-    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True)
+    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, optional=True)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     weight = checks.per_row("weight", weight, tuple(student.hidden.shape[:1]), student.hidden.device)
     _check_chunk(chunk_bytes, student, teacher, kind)
@@ -339,7 +339,7 @@ def crd_loss(
         raise ValueError(
             f"the banks must hold the same samples: {tuple(student_bank.shape)} and {tuple(teacher_bank.shape)}"
         )
-    if not isinstance(indices, torch.Tensor) or indices.is_floating_point():
+    if not isinstance(indices, torch.Tensor) or indices.is_floating_point() or indices.is_complex():
         raise TypeError("indices must be a tensor of integers")
     if indices.dim() != 2 or indices.shape[0] != s.shape[0] or indices.shape[1] < 2:
         raise ValueError(
@@ -347,6 +347,7 @@ def crd_loss(
         )
     checks.number("temperature", temperature, low=0, open_low=True)
     checks.choice("reduction", reduction, ("rowmean", "batchmean", "sum", "none"))
+    checks.number("eps", eps, low=0)
     backends.resolve("crd_loss", (s, t), backend)
     n, negatives = student_bank.shape[0], indices.shape[1] - 1
     indices = indices.long()

@@ -25,6 +25,9 @@ def padded_boxes(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Boxes of every image as (N, M, 4), and which of them are there, (N, M)."""
     if isinstance(boxes, torch.Tensor):
+        checks.dense("boxes", boxes)
+        if boxes.is_complex():
+            raise TypeError("boxes must be real numbers, got complex ones")
         if boxes.dim() != 3 or boxes.shape[0] != batch or boxes.shape[2] != 4:
             raise ValueError(f"boxes must be (N, M, 4) with N = {batch}, or a list of (m, 4); got {tuple(boxes.shape)}")
         if boxes.device != device:
@@ -32,7 +35,8 @@ def padded_boxes(
         boxes = boxes.to(dtype)
         # Rows that are no box, with a side below 0 or NaN, are padding.
         return boxes, (boxes[..., 2] >= boxes[..., 0]) & (boxes[..., 3] >= boxes[..., 1])
-    boxes = list(boxes)
+    if not isinstance(boxes, (list, tuple)):
+        raise TypeError(f"boxes must be (N, M, 4) or a list of (m, 4), got {type(boxes).__name__}")
     if len(boxes) != batch:
         raise ValueError(f"boxes must have one entry an image, {batch}; got {len(boxes)}")
     for i, one in enumerate(boxes):
@@ -213,6 +217,7 @@ def fgd_loss(
     if isinstance(temperature, torch.Tensor):
         raise TypeError("temperature must be a number, got a tensor")
     checks.number("temperature", temperature, low=0, open_low=True)
+    checks.float_tensor("teacher_features", teacher_features)
     s, t = adapted(adapter, student_features), teacher_features.detach()
     checked(s, t, 1)
     if s.dim() != 4:
@@ -299,8 +304,11 @@ def detection_distillation_loss(
     checks.choice("box_loss", box_loss, ("smooth_l1", "giou"))
     checks.number("beta", beta, low=0, open_low=True)
     scores_s, scores_t = _joined("scores", student_scores, teacher_scores)
-    if valid is not None and not isinstance(student_scores, torch.Tensor):
-        raise ValueError("valid goes with scores (N, M, V); of lists every detection counts")
+    if valid is not None:
+        if not isinstance(student_scores, torch.Tensor):
+            raise ValueError("valid goes with scores (N, M, V); of lists every detection counts")
+        valid = checks.per_row("valid", valid, tuple(student_scores.shape[:-1]), student_scores.device)
+        assert valid is not None
     if scores_s.shape[0]:
         loss = class_weight * kl_div(
             scores_s, scores_t, temperature=temperature, weight=None if valid is None else valid.reshape(-1),
@@ -312,6 +320,8 @@ def detection_distillation_loss(
         raise ValueError("student_boxes and teacher_boxes go together")
     if student_boxes is not None and teacher_boxes is not None:
         boxes_s, boxes_t = _joined("boxes", student_boxes, teacher_boxes)
+        if boxes_s.device != scores_s.device:
+            raise ValueError(f"student_boxes must be on {scores_s.device} with the scores, got {boxes_s.device}")
         if boxes_s.shape != (scores_s.shape[0], 4):
             raise ValueError(
                 f"there must be four coordinates for each of {scores_s.shape[0]} detections, got {tuple(boxes_s.shape)}"
@@ -333,6 +343,9 @@ def detection_distillation_loss(
     student_features, teacher_features = (
         [x] if isinstance(x, torch.Tensor) else x for x in (student_features, teacher_features)
     )
+    for name, levels in (("student_features", student_features), ("teacher_features", teacher_features)):
+        if not isinstance(levels, torch.Tensor):  # whose first axis would do
+            checks.tensors(name, levels)
     if len(student_features) != len(teacher_features):
         raise ValueError(
             f"there must be as many levels: student has {len(student_features)} and teacher {len(teacher_features)}"
@@ -353,6 +366,8 @@ def _joined(
     """All images' detections below each other."""
     joined = []
     for name, x in ((f"student_{what}", student), (f"teacher_{what}", teacher)):
+        for one in checks.tensors(name, x):
+            checks.float_tensor(name, one)
         if isinstance(x, torch.Tensor):
             if x.dim() != 3:
                 raise ValueError(f"{name} must be (N, M, ...) or a list of (m, ...), got shape {tuple(x.shape)}")
@@ -367,6 +382,8 @@ def _joined(
         raise ValueError(
             f"detections must match: student_{what} has {tuple(s.shape)} in all and teacher_{what} {tuple(t.shape)}"
         )
+    if s.device != t.device:
+        raise ValueError(f"student_{what} and teacher_{what} must be on one device: {s.device} and {t.device}")
     if not isinstance(student, torch.Tensor) and [x.shape for x in student] != [x.shape for x in teacher]:
         raise ValueError(f"student_{what} and teacher_{what} must have as many detections in each image")
     return s, t
@@ -402,8 +419,12 @@ def rank_mimicking_loss(
         ValueError, TypeError, BackendError: as kl_div.
     """
     weight = None
+    checks.scores("student_scores", student_scores, "teacher_scores", teacher_scores, -1)
     if valid is not None:
-        checks.float_tensor("student_scores", student_scores)
+        if not isinstance(valid, torch.Tensor):
+            raise TypeError(f"valid must be a tensor, got {type(valid).__name__}")
+        checks.dense("valid", valid)
+        checks.same_device(student_scores=student_scores, valid=valid)
         if valid.shape != student_scores.shape or valid.dtype != torch.bool:
             raise ValueError(
                 f"valid must be boolean and have the scores' shape {tuple(student_scores.shape)}; got {valid.dtype} "

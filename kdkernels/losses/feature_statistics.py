@@ -177,8 +177,10 @@ def hierarchical_context_loss(
         ValueError: a different number of maps, shapes that differ, maps that are not (N, C, H, W), levels that do not fall.
         TypeError, BackendError: as hint_loss.
     """
-    students = [student_features] if isinstance(student_features, torch.Tensor) else list(student_features)
-    teachers = [teacher_features] if isinstance(teacher_features, torch.Tensor) else list(teacher_features)
+    students, teachers = (
+        checks.tensors("student_features", student_features),
+        checks.tensors("teacher_features", teacher_features),
+    )
     if len(students) != len(teachers) or not students:
         raise ValueError(
             f"there must be as many maps, at least one: student has {len(students)}, teacher {len(teachers)}"

@@ -74,6 +74,7 @@ def checked(student: torch.Tensor, teacher: torch.Tensor, dim: int, *, same: str
             f"student and teacher must be on one device: student_features is on {student.device}, "
             f"teacher_features on {teacher.device}"
         )
+    checks.integer("dim", dim)
     check = _shapes if torch.compiler.is_compiling() else _known_shapes  # sizes may be symbols
     return check(student.shape, teacher.shape, dim, same)
 
@@ -184,7 +185,7 @@ def hint_loss(
 def inverse_norms(squares: torch.Tensor, eps: float = EPS) -> torch.Tensor:
     """One over lengths of at least eps, from squared lengths; of zero vectors 0, so that they get no gradient."""
     long = squares > eps**2
-    return squares.where(long, 1.0).rsqrt().where(long, 1.0 / eps).where(squares != 0, 0.0)
+    return squares.where(long, 1.0).rsqrt().where(long, 1.0 / eps if eps else 0.0).where(squares != 0, 0.0)
 
 
 def normalized(x: torch.Tensor, eps: float = EPS, add_eps: bool = False) -> torch.Tensor:

@@ -183,6 +183,7 @@ def _check_edges(edge_index: torch.Tensor, device: torch.device) -> None:
         raise ValueError(f"edge_index must have shape (2, E), sources and targets; got {tuple(edge_index.shape)}")
     if edge_index.device != device:
         raise ValueError(f"edge_index must be on {device} with the features, got {edge_index.device}")
+    checks.dense("edge_index", edge_index)
 
 
 def _edges_in_order(edge_index: torch.Tensor, nodes: int) -> edge_relation.Edges:

@@ -53,8 +53,7 @@ def _layers(
     student: torch.Tensor | Sequence[torch.Tensor], teacher: torch.Tensor | Sequence[torch.Tensor]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Both as lists of one length, the same samples in all layers."""
-    students = [student] if isinstance(student, torch.Tensor) else list(student)
-    teachers = [teacher] if isinstance(teacher, torch.Tensor) else list(teacher)
+    students, teachers = checks.tensors("student_features", student), checks.tensors("teacher_features", teacher)
     if len(students) != len(teachers) or not students:
         raise ValueError(
             f"student_features and teacher_features must be equally many layers, at least one; got {len(students)} and {len(teachers)}"

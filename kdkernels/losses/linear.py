@@ -47,8 +47,8 @@ def _head(
         )
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"{names[2]} must have one value a class, shape ({weight.shape[0]},); got {tuple(bias.shape)}")
-    checks.number(f"{model}_logit_scale", scale)
-    checks.number(f"{model}_softcap", softcap, low=0, open_low=True)
+    checks.number(f"{model}_logit_scale", scale, optional=True)
+    checks.number(f"{model}_softcap", softcap, low=0, open_low=True, optional=True)
     if vocab_size is not None:
         if not 1 <= vocab_size <= weight.shape[0]:
             raise ValueError(
@@ -122,7 +122,7 @@ def _call(
             "padded, pass the size of the vocabulary as vocab_size"
         )
     checks.number("temperature", temperature, low=0, open_low=True)
-    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True)
+    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, optional=True)
     checks.items(num_items)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     weight = checks.per_row("weight", weight, rows, device)

@@ -76,7 +76,7 @@ def linear_topk_div(
     treatment = _treatment(missing, divergence, teacher_values_are, min_log_prob, teacher_temperature)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     checks.number("temperature", temperature, low=0, open_low=True)
-    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True)
+    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, optional=True)
     checks.items(num_items)
     checks.float_tensor("student_hidden", student_hidden)
     device = student_hidden.device

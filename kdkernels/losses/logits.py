@@ -65,9 +65,10 @@ def _call(
     """Validates what all logit losses have in common, and runs the operator."""
     dim = checks.scores(f"student_{what}", student, f"teacher_{what}", teacher, dim)
     checks.number("temperature", temperature, low=0, open_low=True, learnable=True)
-    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, learnable=True)
+    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, learnable=True, optional=True)
     checks.items(num_items)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
+    checks.integer("ignore_index", ignore_index)
     if labels is not None or weight is not None or class_weight is not None:
         rows, classes = tuple(student.shape[:dim] + student.shape[dim + 1 :]), student.shape[dim]
         weight = checks.per_row("weight", weight, rows, student.device)

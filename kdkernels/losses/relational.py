@@ -342,6 +342,7 @@ def hard_dark_rank_loss(
     checks.choice("reduction", reduction, ("mean", "sum", "none"))
     if not isinstance(k, int) or k < 1:
         raise ValueError(f"k must be a positive integer, got {k!r}")
+    checks.float_tensor("teacher", teacher)
     distances = _Distances("hard_dark_rank_loss", student, teacher.detach(), normalize, backend, group, ring)
     n, samples = distances.n, distances.samples
     d2, by_teacher = distances.squared()

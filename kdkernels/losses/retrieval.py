@@ -178,6 +178,7 @@ def margin_mse_loss(
     except RuntimeError:
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items())
         raise ValueError(f"scores must go together, got {shapes}") from None
+    checks.same_device(**named)
     backends.resolve("margin_mse_loss", tuple(named.values()), backend, ("reference",))
     s_right, s_wrong, t_right, t_wrong = as_wide(*named.values())
     margin_s, margin_t = torch.broadcast_tensors(s_right - s_wrong, t_right - t_wrong)

@@ -20,7 +20,9 @@ def _targets(
     """The token that each position is to predict, and its weight."""
     if len(shape) != 2:
         raise ValueError(f"the student's positions must be (B, T), got {shape}")
-    labels = checks.labels_of(tokens, shape, classes, ignore_index, device)
+    if tokens is None:
+        raise TypeError("tokens must be a tensor, got NoneType")
+    labels = checks.labels_of(tokens, shape, classes, ignore_index, device, name="tokens")
     mask = checks.per_row("completion_mask", completion_mask, shape, device)
     by_sequence = checks.per_row("sequence_weight", sequence_weight, shape[:1], device)
     assert labels is not None

@@ -103,7 +103,7 @@ def topk_div(
     treatment = _treatment(missing, divergence, teacher_values_are, min_log_prob, teacher_temperature)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     checks.number("temperature", temperature, low=0, open_low=True, learnable=True)
-    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, learnable=True)
+    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, learnable=True, optional=True)
     checks.items(num_items)
     checks.float_tensor("student_logits", student_logits)
     if student_logits.dim() == 0 or student_logits.shape[-1] == 0:
@@ -176,6 +176,7 @@ def _sparse(
     checks.float_tensor("teacher_values", values)
     if not isinstance(indices, torch.Tensor):
         raise TypeError(f"teacher_indices must be a tensor, got {type(indices).__name__}")
+    checks.dense("teacher_indices", indices)
     if indices.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
         raise TypeError(
             f"teacher_indices must hold class indices (int64), got {str(indices.dtype).removeprefix('torch.')}"
@@ -328,7 +329,7 @@ def uld_loss(
     checks.float_tensor("teacher_logits", teacher_logits)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     checks.number("temperature", temperature, low=0, open_low=True)
-    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True)
+    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, optional=True)
     checks.items(num_items)
     shapes = f"student_logits has shape {tuple(student_logits.shape)} and teacher_logits {tuple(teacher_logits.shape)}"
     if student_logits.dim() == 0 or student_logits.dim() != teacher_logits.dim():

@@ -187,7 +187,8 @@ def lwf_loss(
         ValueError, TypeError, BackendError: as kl_div.
     """
     checks.number("uniform", uniform, low=0)
-    classes = student_logits.shape[dim] if isinstance(student_logits, torch.Tensor) and student_logits.dim() else 1
+    checks.scores("student_logits", student_logits, "teacher_logits", teacher_logits, dim)
+    classes = student_logits.shape[dim]
     return _call(
         "lwf_loss", Kind.SOFT_CROSS_ENTROPY, student_logits, teacher_logits, p0=uniform, p1=uniform / max(classes, 1),
         temperature=temperature, teacher_temperature=None, scale_by_t2=False, dim=dim, reduction=reduction,
@@ -232,7 +233,7 @@ def auxiliary_heads_loss(
         ValueError, TypeError, IndexError, BackendError: as distillation_loss; ValueError also for feature maps that differ.
     """
     if not isinstance(head_logits, torch.Tensor):
-        head_logits = torch.stack(tuple(head_logits))
+        head_logits = torch.stack(checks.tensors("head_logits", head_logits))
     checks.float_tensor("head_logits", head_logits)
     checks.float_tensor("teacher_logits", teacher_logits)
     checks.number("alpha", alpha, low=0, high=1)
@@ -242,8 +243,10 @@ def auxiliary_heads_loss(
             "head_logits must be (M, *teacher_logits.shape): they have shapes "
             f"{tuple(head_logits.shape)} and {tuple(teacher_logits.shape)}"
         )
-    if labels is None:
-        raise TypeError("labels must be a tensor")
+    if not isinstance(labels, torch.Tensor):
+        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
+    checks.dense("labels", labels)
+    checks.items(num_items)
     if tuple(labels.shape) != tuple(teacher_logits.shape[:-1]):
         raise ValueError(
             f"labels must have the shape of teacher_logits without the class axis, {tuple(teacher_logits.shape[:-1])}; "

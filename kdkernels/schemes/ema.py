@@ -44,7 +44,7 @@ class EMATeacher(nn.Module):
     def __init__(self, student: nn.Module, decay: float = 0.999, *, warmup: float | None = 2.0, buffers: str = "copy"):
         super().__init__()
         checks.number("decay", decay, low=0, high=1)
-        checks.number("warmup", warmup, low=1, open_low=True)
+        checks.number("warmup", warmup, low=1, open_low=True, optional=True)
         checks.choice("buffers", buffers, ("copy", "average"))
         self.decay, self.warmup, self.updates = decay, warmup, 0
         self.model = copy.deepcopy(unwrapped(student)).requires_grad_(False).eval()

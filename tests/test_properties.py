@@ -1,0 +1,450 @@
+"""What must hold of every public loss, whatever it is called with: hypothesis looks for a counterexample.
+
+The losses and how to call them come from the registry's cases. A property holds of all losses but those that its table names
+with a reason, so that a new loss is held to all of them from its first day.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import kdkernels
+from kdkernels.losses.module import LossModule
+from kdkernels.ops.registry import Case, specs
+
+Inputs = dict[str, torch.Tensor]
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+
+
+def examples(n: int) -> settings:
+    """Few, as there are many losses; the same ones where the run as a whole repeats."""
+    fixed = bool(os.environ.get("KDKERNELS_SEED"))
+    checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
+    return settings(deadline=None, max_examples=n, derandomize=fixed, database=None, suppress_health_check=checks)
+
+
+# ---- what is called, and how ----
+
+
+def _scores(shape: Any, g: torch.Generator) -> Inputs:
+    """Of two vocabularies."""
+    n, classes = shape
+    return {
+        "student_logits": torch.randn(n, classes, generator=g),
+        "teacher_logits": torch.randn(n, classes + 2, generator=g),
+    }
+
+
+# What the registry does not have, as no kernel is specific to it.
+OWN = (Case("uld", kdkernels.uld_loss, _scores, shapes=((3, 5), (1, 1))),)
+CASES = [*(c for s in specs() for c in s.cases), *OWN]
+PUBLIC = {m.__dict__["function"].__func__ for m in LossModule.__subclasses__() if m.__name__ in kdkernels.__all__}
+FUNCTIONS = sorted({c.function.__name__ for c in CASES} & {f.__name__ for f in PUBLIC})
+# Losses of plain PyTorch take no backend.
+BACKEND = {f.__name__: {"backend": "cpu"} if "backend" in inspect.signature(f).parameters else {} for f in PUBLIC}
+
+
+def cases_of(name: str) -> list[Case]:
+    return [c for c in CASES if c.function.__name__ == name]
+
+
+def size(shape: tuple[int, ...]) -> int:
+    return math.prod(shape)
+
+
+@st.composite
+def calls(draw: Any, name: str, first: bool = False) -> tuple[Case, Inputs]:
+    """A case of a loss with small inputs, spread out or close together."""
+    case = cases_of(name)[0] if first else draw(st.sampled_from(cases_of(name)))
+    shape = draw(st.sampled_from(sorted(case.shapes, key=size)[:3]))
+    inputs = case.make(shape, torch.Generator().manual_seed(draw(st.integers(0, 2**31))))
+    scale = 1.0 if first else draw(st.sampled_from([1.0, 1e-3, 10.0]))
+    return case, {n: x * scale if n in case.grads and "variance" not in n else x for n, x in inputs.items()}
+
+
+def run(case: Case, inputs: Inputs, upstream: float = 1.0, **options: Any) -> tuple[torch.Tensor, Inputs]:
+    """The loss, and its gradients by what the case says learns."""
+    leaves = {n: x.detach().requires_grad_(n in case.grads) for n, x in inputs.items()}
+    loss = case.function(**leaves, **{**case.options, **BACKEND[case.function.__name__], **options})
+    learn = [n for n in case.grads if n in leaves]
+    grads = torch.autograd.grad(loss, [leaves[n] for n in learn], torch.full_like(loss, upstream), allow_unused=True)
+    found = {n: torch.zeros_like(leaves[n]) if g is None else g for n, g in zip(learn, grads, strict=True)}
+    return loss.detach(), found
+
+
+def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-4, least: float = 1e-5) -> None:
+    """To a share of the largest element: what float32 leaves of identities that reorder sums."""
+    expected = expected.to(got.dtype)
+    scale = max(float(expected.abs().max()) if expected.numel() else 0.0, least)
+    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * scale)
+
+
+def all_but(reasons: dict[str, str]) -> Any:
+    """Every loss that the table has no reason against."""
+    assert set(reasons) <= {f.__name__ for f in PUBLIC}, set(reasons) - {f.__name__ for f in PUBLIC}
+    return pytest.mark.parametrize("name", [n for n in FUNCTIONS if n not in reasons])
+
+
+def test_every_public_loss_is_here():
+    assert {f.__name__ for f in PUBLIC} == set(FUNCTIONS)
+
+
+# ---- what holds of all ----
+
+
+@all_but({})
+@given(st.data())
+@examples(6)
+def test_finite_inputs_have_finite_results(name: str, data: Any) -> None:
+    case, inputs = data.draw(calls(name))
+    loss, grads = run(case, inputs)
+    assert loss.isfinite().all(), f"{case.name}: {loss}"
+    assert all(g.isfinite().all() for g in grads.values()), case.name
+
+
+@all_but({})
+@given(st.data())
+@examples(4)
+def test_layout_and_repetition_change_no_value(name: str, data: Any) -> None:
+    """Strided copies give the same values; nothing is written into an input; a second run has the same bits."""
+    case, inputs = data.draw(calls(name))
+    loss, grads = run(case, inputs)
+    before = {n: x.clone() for n, x in inputs.items()}
+    again, more = run(case, inputs)
+    assert torch.equal(loss, again) and all(torch.equal(grads[n], more[n]) for n in grads)
+    assert all(torch.equal(x, before[n]) for n, x in inputs.items())
+
+    def strided(x: torch.Tensor) -> torch.Tensor:
+        if x.dim() == 0 or not x.is_floating_point():
+            return x
+        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), math.nan)
+        wide[..., 1::2] = x
+        return wide[..., 1::2]
+
+    other, others = run(case, {n: strided(x) for n, x in inputs.items()})
+    close(other, loss)
+    for n in grads:
+        close(others[n], grads[n])
+
+
+@all_but({})
+@given(st.data())
+@examples(4)
+def test_half_precision_is_its_widened_values(name: str, data: Any) -> None:
+    """A loss of half-precision tensors is that of the same numbers in float32, and its gradient that one rounded."""
+    case, inputs = data.draw(calls(name))
+    dtype = data.draw(st.sampled_from([F16, BF16]))
+    half = {n: x.to(dtype) if n in case.grads else x for n, x in inputs.items()}
+    loss, grads = run(case, half)
+    wide, exact = run(case, {n: x.float() if n in case.grads else x for n, x in half.items()})
+    assert loss.dtype == F32 or loss.dtype == torch.float64
+    close(loss, wide)
+    for n in grads:
+        assert grads[n].dtype == dtype
+        fits = exact[n].abs() < torch.finfo(dtype).max
+        assert (grads[n].isinf() | fits).all()
+        least = 1e-3 if dtype == F16 else 1e-5
+        close(grads[n].float().where(fits, 0.0), exact[n].where(fits, 0.0), 2 * torch.finfo(dtype).eps, least)
+
+
+@all_but({})
+@given(st.data(), st.sampled_from([-0.5, 2.0, 1024.0]))
+@examples(3)
+def test_gradients_are_linear_in_the_upstream_one(name: str, data: Any, upstream: float) -> None:
+    case, inputs = data.draw(calls(name))
+    _, grads = run(case, inputs)
+    _, scaled = run(case, inputs, upstream)
+    for n in grads:
+        close(scaled[n], upstream * grads[n], 1e-5)
+
+
+@all_but({})
+@given(st.data())
+@examples(3)
+def test_kernels_and_reference_are_one_loss(name: str, data: Any) -> None:
+    case, inputs = data.draw(calls(name))
+    if not BACKEND[name]:
+        return
+    loss, grads = run(case, inputs)
+    eager, eager_grads = run(case, inputs, backend="reference")
+    wide = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
+    exact, exact_grads = run(case, wide, backend="reference")
+
+    # What cancels in a gradient is as large as 1 over the input. The bar itself is test_numerics.py's; this one is wide, so
+    # that chance never meets it.
+    size_of = {n: max(float(x.abs().max()), 1e-6) for n, x in inputs.items() if n in case.grads}
+    for got, plain, truth, least in (
+        (loss, eager, exact, 1e-5),
+        *((grads[n], eager_grads[n], exact_grads[n], 2e-4 / size_of[n]) for n in grads),
+    ):
+        allowed = 10 * float((plain.double() - truth).abs().max()) + 1e-5 * float(truth.abs().max()) + least
+        torch.testing.assert_close(got.double(), truth, rtol=0, atol=allowed)
+
+
+# ---- signs, and where the least value is ----
+
+NEGATIVE = {
+    "variational_information_loss": "the log of a variance below 1",
+    "topk_div": "missing='none' is no divergence",
+}
+
+
+@all_but(NEGATIVE)
+@given(st.data())
+@examples(6)
+def test_never_negative(name: str, data: Any) -> None:
+    case, inputs = data.draw(calls(name))
+    loss, _ = run(case, inputs)
+    assert (loss >= -1e-5 * (1 + max(float(x.abs().max()) for x in inputs.values() if x.is_floating_point()))).all()
+
+
+HARD = "there is a term with labels"
+ONE = "there is one model's tensor"
+NOT_ZERO = {
+    "distillation_loss": HARD, "linear_distillation_loss": HARD, "sequence_loss": HARD, "linear_sequence_loss": HARD,
+    "auxiliary_heads_loss": HARD, "margin_ranking_loss": HARD,
+    "lwf_loss": "a cross-entropy, whose least value is the teacher's entropy",
+    "dist_loss": "what has no spread correlates with nothing, itself included",
+    "mutual_kl_div": ONE,
+    "soft_cross_entropy": "its least value is the teacher's entropy",
+    "seed_loss": "its least value is the teacher's entropy",
+    "info_nce_distillation_loss": "a sample's own negatives are left",
+    "crd_loss": "a sample's own negatives are left",
+    "compress_loss": "the models' queues differ",
+    "hard_dark_rank_loss": "a likelihood of ranks, which is below 1 whatever the scores",
+    "variational_information_loss": "the log of a variance is left",
+    "topk_div": "the teacher is known at k classes only",
+    "linear_topk_div": "the teacher is known at k classes only",
+    "uld_loss": "the teacher has other classes",
+    "cross_image_relation_loss": "the least value of a divergence, but float32's rounding over a small temperature",
+}  # fmt: skip
+
+
+# At a length of 0 every gradient of the length up to 1 is one; rounding decides which.
+NO_GRADIENT_THERE = {"fsp-norm"}
+
+
+def agreeing(inputs: Inputs) -> Inputs:
+    """The same, the teacher's tensors replaced by the student's."""
+    return {n: inputs[n.replace("teacher", "student")] if n.startswith("teacher") else x for n, x in inputs.items()}
+
+
+@all_but(NOT_ZERO)
+@given(st.data())
+@examples(5)
+def test_zero_where_the_models_agree(name: str, data: Any) -> None:
+    case, inputs = data.draw(calls(name))
+    if any(
+        n.startswith("teacher") and inputs[n.replace("teacher", "student")].shape != x.shape for n, x in inputs.items()
+    ):
+        inputs = {n: x for n, x in inputs.items() if not n.startswith("teacher")}
+        inputs |= {n.replace("student", "teacher"): x for n, x in inputs.items() if n.startswith("student")}
+    inputs = agreeing(inputs)
+    loss, grads = run(case, inputs)
+    largest = max(1.0, *(float(x.abs().max()) for x in inputs.values() if x.is_floating_point()))
+    assert loss.abs().max() <= 2e-5 * largest**2, case.name
+    for n, g in grads.items() if case.name not in NO_GRADIENT_THERE else ():
+        assert g.isfinite().all() and g.abs().max() <= 1e-3 * largest, f"{case.name}, {n}: {g.abs().max()}"
+
+
+# ---- what is the same loss ----
+
+SYMMETRIC = {
+    "js_div", "total_variation", "uld_loss", "dist_loss", "hint_loss", "pearson_feature_loss", "attention_transfer_loss",
+    "channel_attention_transfer_loss", "hierarchical_context_loss", "cosine_loss", "similarity_preserving_loss",
+    "cosine_similarity_matrix_loss", "correlation_congruence_loss", "gram_loss", "ickd_loss", "fsp_loss", "rkd_distance_loss",
+    "rkd_angle_loss", "rkd_loss", "global_structure_loss", "pairwise_structure_loss", "margin_mse_loss",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(SYMMETRIC))
+@given(st.data())
+@examples(4)
+def test_the_models_may_change_places(name: str, data: Any) -> None:
+    """And so do their gradients."""
+    case, inputs = data.draw(calls(name, first=True))
+    other = {"student": "teacher", "teacher": "student"}
+
+    def swapped(values: Inputs) -> Inputs:
+        return {n.replace(m, other[m], 1) if (m := n[:7]) in other else n: x for n, x in values.items()}
+
+    loss, grads = run(case, inputs)
+    mirrored, mirrored_grads = run(case, swapped(inputs))
+    close(mirrored, loss)
+    for n, g in swapped(grads).items():
+        if n in mirrored_grads:
+            close(mirrored_grads[n], g, 1e-3, 1e-4)
+
+
+UNORDERED = {
+    "local_structure_loss": "edges name samples by their number",
+    "crd_loss": "indices name entries of a bank",
+    "auxiliary_heads_loss": "the first axis is heads, and the last of them teaches",
+    "fgd_loss": "boxes are lists, one an image",
+    "hierarchical_context_loss": "maps come as lists of levels",
+    "sequence_loss": "tokens have an order",
+    "linear_sequence_loss": "tokens have an order",
+}
+SHARED = ("_weight", "_bias", "_queue", "_bank", "class_weight", "raw_variance", "queue", "embeddings")
+
+
+@all_but(UNORDERED)
+@given(st.data(), st.randoms(use_true_random=False))
+@examples(4)
+def test_the_order_of_samples_does_not_matter(name: str, data: Any, random: Any) -> None:
+    """Of what lies along the first axis: samples, rows, or peers."""
+    case, inputs = data.draw(calls(name, first=True))
+    own = [n for n, x in inputs.items() if not n.endswith(SHARED) and x.dim()]
+    order = list(range(inputs[own[0]].shape[0]))
+    random.shuffle(order)
+    loss, grads = run(case, inputs)
+    moved, moved_grads = run(case, {n: x[order] if n in own else x for n, x in inputs.items()})
+    close(moved, loss[order] if loss.dim() else loss, 1e-3, 1e-3)
+    for n, g in grads.items():
+        close(moved_grads[n], g[order] if n in own else g, 1e-3, 1e-3)
+
+
+SOFTMAX = {  # a constant on a row of scores changes nothing: where the classes are
+    "kl_div": -1, "reverse_kl_div": -1, "symmetric_kl_div": -1, "js_div": -1, "generalized_js_div": -1, "skew_kl_div": -1,
+    "skew_reverse_kl_div": -1, "total_variation": -1, "alpha_beta_div": -1, "soft_cross_entropy": -1, "distillation_loss": -1,
+    "decoupled_kd_loss": -1, "lwf_loss": -1, "dist_loss": -1, "mutual_kl_div": -1, "auxiliary_heads_loss": -1, "uld_loss": -1,
+    "topk_div": -1, "pixel_wise_div": 1, "rank_mimicking_loss": -1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(SOFTMAX))
+@given(st.data(), st.integers(-20, 20))
+@examples(4)
+def test_a_constant_on_a_row_changes_nothing(name: str, data: Any, constant: int) -> None:
+    case, inputs = data.draw(calls(name, first=True))
+    main = case.grads[0]
+    loss, grads = run(case, inputs)
+    moved, moved_grads = run(case, inputs | {main: inputs[main] + constant})
+    close(moved, loss, 1e-3, 1e-2)
+    close(moved_grads[main], grads[main], 1e-3, 1e-2)
+    sums = grads[main].double().sum(SOFTMAX[name])
+    assert sums.abs().max() <= 2e-6 * grads[main].shape[SOFTMAX[name]] * (1 + grads[main].abs().max())
+
+
+TRANSLATED = ("rkd_distance_loss", "rkd_angle_loss", "rkd_loss", "hard_dark_rank_loss")
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+@given(st.data())
+@examples(4)
+def test_distances_do_not_change_when_all_samples_move(name: str, data: Any) -> None:
+    """So the gradients of all samples sum to zero; and neither do they under a rotation."""
+    case, inputs = data.draw(calls(name, first=True))
+    x = inputs["student"]
+    loss, grads = run(case, inputs)
+    moved, moved_grads = run(case, inputs | {"student": x + torch.arange(x.shape[1])})
+    close(moved, loss, 1e-3, 1e-3)
+    close(moved_grads["student"], grads["student"], 5e-3, 1e-3)
+    assert grads["student"].double().sum(0).abs().max() <= 1e-5 * (1 + grads["student"].abs().max())
+    turn = torch.linalg.qr(torch.randn(x.shape[1], x.shape[1], generator=torch.Generator().manual_seed(1)))[0]
+    turned, turned_grads = run(case, inputs | {"student": x @ turn})
+    close(turned, loss, 1e-3, 1e-3)
+    close(turned_grads["student"], grads["student"] @ turn, 5e-3, 1e-3)
+
+
+SCALED = ("cosine_loss", "similarity_preserving_loss", "cosine_similarity_matrix_loss", "rkd_distance_loss", "rkd_angle_loss",
+          "rkd_loss", "attention_transfer_loss", "ickd_loss", "pearson_feature_loss")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCALED)
+@given(st.data(), st.sampled_from([0.25, 2.0, 16.0]))
+@examples(4)
+def test_the_students_scale_does_not_matter(name: str, data: Any, scale: float) -> None:
+    """So its gradient is at right angles to it, and falls as the scale grows."""
+    case, inputs = data.draw(calls(name, first=True))
+    main = case.grads[0]
+    loss, grads = run(case, inputs)
+    scaled, scaled_grads = run(case, inputs | {main: scale * inputs[main]})
+    close(scaled, loss, 1e-3, 1e-3)
+    close(scale * scaled_grads[main], grads[main], 5e-3, 1e-3)
+    inner = (grads[main].double() * inputs[main].double()).sum().abs()
+    assert inner <= 1e-4 * (1 + grads[main].abs().sum() * inputs[main].abs().max())
+
+
+# ---- bad input ----
+
+OTHER: dict[str, Callable[[Any], Any]] = {
+    "None": lambda x: None,
+    "words": lambda x: "words",
+    "a list of words": lambda x: ["words"],
+    "a dictionary": lambda x: {},
+    "NaN": lambda x: math.nan,
+    "infinity": lambda x: math.inf,
+    "minus one": lambda x: -1,
+    "zero": lambda x: 0,
+    "a huge number": lambda x: 1e12,
+}
+TENSOR: dict[str, Callable[[torch.Tensor], Any]] = {
+    "None": lambda x: None,
+    "words": lambda x: "words",
+    "a list of words": lambda x: ["words"],
+    "a number": lambda x: 2.0,
+    "a scalar": lambda x: torch.tensor(2.0),
+    "an empty tensor": lambda x: torch.zeros(0),
+    "no rows": lambda x: x[:0],
+    "a row less": lambda x: x[1:],
+    "a column less": lambda x: x[..., 1:],
+    "an axis more": lambda x: x.unsqueeze(0),
+    "integers": lambda x: torch.zeros_like(x, dtype=torch.int64),
+    "floats": lambda x: torch.zeros_like(x, dtype=F32),
+    "booleans": lambda x: torch.zeros_like(x, dtype=torch.bool),
+    "complex": lambda x: torch.zeros_like(x, dtype=torch.complex64),
+    "elsewhere": lambda x: x.to("meta"),
+    "sparse": lambda x: x.to_sparse(),
+    "far indices": lambda x: x if x.is_floating_point() else torch.full_like(x, 10**6),
+    "negative indices": lambda x: x if x.is_floating_point() else torch.full_like(x, -7),
+}
+NUMBERS = ("temperature", "teacher_temperature", "alpha", "beta", "gamma", "eps", "ratio", "skew", "num_items", "margin",
+           "label_smoothing", "ignore_index", "dim", "distance_weight", "angle_weight")  # fmt: skip
+
+
+def wrong_things(function: Callable[..., Any], good: Inputs) -> Iterator[tuple[str, str, Callable[[Any], Any]]]:
+    """(argument, what, how) of every replacement: of tensors by anything, of numbers and choices by other values."""
+    for p in inspect.signature(function).parameters.values():
+        if isinstance(good.get(p.name), torch.Tensor) and good[p.name].dim():
+            yield from ((p.name, what, how) for what, how in TENSOR.items())
+        elif p.name in NUMBERS or str(p.annotation).strip("'\"") == "str":
+            yield from ((p.name, what, how) for what, how in OTHER.items() if p.name != "backend" or "a " not in what)
+
+
+NAMED = (ValueError, TypeError, IndexError, kdkernels.BackendError)
+
+
+@all_but({})
+def test_bad_input_is_a_named_error_or_the_right_value(name: str) -> None:
+    """Each argument replaced by each wrong thing: a value, or an error that names an argument; nothing else, and no NaN."""
+    case = cases_of(name)[0]
+    shape = sorted(case.shapes, key=size)[1 if len(case.shapes) > 1 else 0]
+    good = case.make(shape, torch.Generator().manual_seed(0))
+    parameters = list(inspect.signature(case.function).parameters)
+    trouble = []
+    for argument, what, wrong in wrong_things(case.function, good):
+        arguments = {**good, **case.options, **BACKEND[name]}
+        arguments[argument] = wrong(arguments.get(argument))
+        try:
+            loss = case.function(**arguments)
+        except NAMED as error:
+            words = str(error)
+            if not any(p in words for p in parameters) and not re.search("student|teacher|bank|maps|embeddings", words):
+                trouble.append(f"{argument} = {what}: {type(error).__name__} without a name: {words[:120]}")
+        except Exception as error:
+            trouble.append(f"{argument} = {what}: {type(error).__name__}: {str(error)[:120]}")
+        else:
+            if loss.device.type == "cpu" and what != "a huge number" and loss.isnan().any():
+                trouble.append(f"{argument} = {what}: NaN")
+    assert not trouble, "\n".join([f"{len(trouble)} of {name}:", *trouble])
