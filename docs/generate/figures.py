@@ -156,6 +156,17 @@ def failures() -> str:
     return " ".join(lines) if lines else "No result file of `kdkernels check` is committed yet."
 
 
+def slower() -> str:
+    """The measured rows in which eager PyTorch was the faster one."""
+    found = []
+    for content in newest().values():
+        for ours, _ in _pairs(content):
+            taken = ratio(ours, "eager")
+            if taken is not None and taken < 1:
+                found.append(f"`{ours['case']}` at {_shape(ours)} in {ours['dtype']} (eager {taken:.2f}× as long)")
+    return ", ".join(found) if found else "none"
+
+
 # ---- the benchmark page ----
 
 
@@ -334,7 +345,7 @@ def drawing(name: str) -> str:
 
 ASK = {
     "cost": cost, "environments": environments, "family_tables": family_tables, "plots": plots, "scaling": scaling,
-    "drawing": drawing, "failures": failures,
+    "drawing": drawing, "failures": failures, "slower": slower,
 }  # fmt: skip
 
 
