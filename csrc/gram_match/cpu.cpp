@@ -90,8 +90,9 @@ KDK_ONE_COPY double row_value(const RowPair& m, int64_t i) {
     });
     if constexpr (kKind == kLengths) {
       const double length = std::sqrt(sum_s);
-      m.s.inverse[i] = m.t.inverse[i] = length > 0.0 ? static_cast<float>(1.0 / length) : 0.f;
-      m.s.dot[i] = m.t.dot[i] = 0.f;
+      const double inverse = length > 0.0 ? 1.0 / length : 0.0;
+      m.s.inverse[i] = m.t.inverse[i] = static_cast<float>(inverse);
+      m.s.dot[i] = m.t.dot[i] = static_cast<float>(inverse - static_cast<double>(m.s.inverse[i]));
       return length;
     }
     const auto length = [&](double sum) {
@@ -146,6 +147,15 @@ KDK_ONE_COPY void row_slope(const RowPair& m, bool student, int64_t i, float* ou
   const Side mine = side_of(own, i), theirs = side_of(other, i);
   const float fo = own.factor * uo[i], fp = other.factor * up[i];
   const float outer = m.p.scale * own.factor;
+  if constexpr (kKind == kLengths) {
+    // Roundings that a whole row would share are made once: dot is what inverse leaves over.
+    const float by_row =
+        static_cast<float>(static_cast<double>(m.p.scale) * static_cast<double>(own.factor) *
+                           (static_cast<double>(own.inverse[i]) + static_cast<double>(own.dot[i])));
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) out[j] = by_row * (fo * go[j] - fp * gp[j]);
+    return;
+  }
   if (!m.p.symmetric) {
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j)
@@ -252,7 +262,7 @@ class Worker {
     const int64_t left = (x.rows + kPanel - 1) / kPanel,
                   right = y ? (y.rows + kPanel - 1) / kPanel : left;
     const int64_t panels = left + (y ? right : 0);
-    const int64_t depth = least(up_to(kChunk / (panels * kPanel) + 1, kDepth), x.columns);
+    const int64_t depth = least(up_to(kChunk / (panels * kPanel) + 1, kPacked), x.columns);
     const int64_t size = up_to(depth, 16) * kPanel;
     float* packed = packed_.floats(panels * size + 2 * left * kPanel);
     float* others = y ? packed + left * size : packed;
@@ -265,7 +275,7 @@ class Worker {
         Scratch buffer;
         for (int64_t i = begin; i < end; ++i) {
           pack(i < left ? x : y, (i < left ? i : i - left) * kPanel, k, n, packed + i * size,
-               buffer.floats(kPanel * kDepth));
+               buffer.floats(kPanel * kPacked));
           if (units) add_squares(packed + i * size, n, squares + i * kPanel);
         }
       });
@@ -365,9 +375,10 @@ class Worker {
     if (dy) apply(slopes, matrix_of(x, b), matrix_of(dy, b), nullptr);
     if (dx) {
       const int64_t row = up_to(p_.rows, kPanel);
-      float* turned = turned_.floats(p_.columns * row);
-      for (int64_t j = 0; j < p_.columns; ++j)
-        for (int64_t i = 0; i < p_.rows; ++i) turned[j * row + i] = slopes[i * p_.row + j];
+      float* turned = turned_.floats(up_to(p_.columns, kPanel) * row);
+      for (int64_t j = 0; j < p_.columns; j += kFloats)
+        for (int64_t i = 0; i < p_.rows; i += kFloats)
+          transpose_block(slopes + i * p_.row + j, p_.row, turned + j * row + i, row);
       apply(turned, matrix_of(y, b), matrix_of(dx, b), nullptr, row);
     }
   }
@@ -379,7 +390,7 @@ class Worker {
     const int64_t panels = (dx.columns + kPanel - 1) / kPanel, rows = up_to(dx.rows, kStrip);
     parallel_for(panels, panels * y.rows * rows * 2, threads_, [&](int64_t begin, int64_t end) {
       Scratch memory;
-      float* packed = memory.floats((up_to(y.rows, 16) + rows + kDepth) * kPanel);
+      float* packed = memory.floats((up_to(y.rows, 16) + rows + kPacked) * kPanel);
       float* out = packed + up_to(y.rows, 16) * kPanel;
       for (int64_t f = begin; f < end; ++f)
         apply_panel(slopes, row, y, dx, f * kPanel, g, packed, out, out + rows * kPanel);

@@ -14,7 +14,8 @@ constexpr int64_t kPanel = 32;
 constexpr int64_t kBlockRows = kRegisters == 32 ? 8 : 4;  // of a block in registers
 constexpr int64_t kBlockColumns = 2 * kFloats;            // and its columns
 constexpr int64_t kStrip = 8;                             // rows of a unit of work
-constexpr int64_t kDepth = 128;  // products summed in registers before they go to memory
+constexpr int64_t kPacked = 32;                           // columns that are packed at a time
+constexpr int64_t kDepth = 32;  // products summed in registers before they go to memory
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline float greatest(float a, float b) { return a > b ? a : b; }
@@ -82,23 +83,27 @@ inline void to_floats(const void* p, DType t, int64_t n, float* out) {
 }
 
 // out[k * kPanel + r] = x[first + r][begin + k], zero where there is no such row. `out` has room
-// for a whole number of vectors' columns; `buffer` for kPanel * kDepth floats.
+// for a whole number of vectors' columns; `buffer` for kPanel * kPacked floats.
 KDK_ONE_COPY inline void pack(const Matrix& x, int64_t first, int64_t begin, int64_t count,
                               float* out, float* buffer) {
   const int64_t rows = least(kPanel, x.rows - first);
   if (x.row == 1 || rows == 1) {
     for (int64_t k = 0; k < count; ++k) {
+      if (x.dtype == DType::f32 && rows == kPanel) {
+        memcpy(out + k * kPanel, x.at(first, begin + k), kPanel * 4);  // no call: the size is known
+        continue;
+      }
       to_floats(x.at(first, begin + k), x.dtype, rows, out + k * kPanel);
       for (int64_t r = rows; r < kPanel; ++r) out[k * kPanel + r] = 0.f;
     }
     return;
   }
-  for (int64_t k0 = 0; k0 < count; k0 += kDepth) {
-    const int64_t n = least(kDepth, count - k0), full = up_to(n, kFloats);
+  for (int64_t k0 = 0; k0 < count; k0 += kPacked) {
+    const int64_t n = least(kPacked, count - k0), full = up_to(n, kFloats);
     const bool in_place = x.dtype == DType::f32 && x.column == 1 && n == full && rows == kPanel;
     if (!in_place) {
       for (int64_t r = 0; r < kPanel; ++r) {
-        float* row = buffer + r * kDepth;
+        float* row = buffer + r * kPacked;
         const int64_t used = r < rows ? n : 0;
         if (used && x.column == 1) {
           to_floats(x.at(first + r, begin + k0), x.dtype, used, row);
@@ -110,10 +115,15 @@ KDK_ONE_COPY inline void pack(const Matrix& x, int64_t first, int64_t begin, int
       }
     }
     const float* from = in_place ? static_cast<const float*>(x.at(first, begin + k0)) : buffer;
-    const int64_t row = in_place ? x.row : kDepth;
+    const int64_t row = in_place ? x.row : kPacked;
     for (int64_t k = 0; k < full; k += kFloats)
-      for (int64_t r = 0; r < kPanel; r += kFloats)
+      for (int64_t r = 0; r < kPanel; r += kFloats) {
+        // The hardware does not see that short pieces of many rows are followed by the next ones.
+        if (in_place && begin + k0 + k + kPacked < x.columns)
+          for (int64_t i = 0; i < kFloats; ++i)
+            __builtin_prefetch(from + (r + i) * row + k + kPacked);
         transpose_block(from + r * row + k, row, out + (k0 + k) * kPanel + r, kPanel);
+      }
   }
 }
 

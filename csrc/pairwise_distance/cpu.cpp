@@ -12,6 +12,9 @@ namespace {
 constexpr int64_t kTile = 16;  // samples on a side of a tile of pairs
 constexpr int64_t kRows = 4;   // samples on a side of a register block
 constexpr int kColumns = kRegisters == 32 ? 4 : 2;
+// Samples of up to so many elements are converted by every thread for itself: half of them from
+// another core's cache would take longer.
+constexpr int64_t kFewElements = 1 << 18;
 constexpr int64_t kChunk = 1024;  // features summed in registers before they go to a double
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -118,26 +121,33 @@ void put(float* hi, float* lo, int64_t at, double d2) {
 template <typename Real>
 void squared_distances(const Tensor& x, float* hi, float* lo, int64_t threads) {
   const int64_t n = x.shape[0], tiles = (n + kTile - 1) / kTile;
-  const Samples<Real> samples(x, threads);
-  parallel_for(tiles * (tiles + 1) / 2, n * n * samples.width() / 2, threads,
-               [&](int64_t begin, int64_t end) {
-                 // The upper triangle of tiles, row by row.
-                 int64_t row = 0, first = 0;
-                 while (first + tiles - row <= begin && begin < end) first += tiles - row++;
-                 for (int64_t unit = begin; unit < end; ++unit) {
-                   if (unit - first == tiles - row) first = unit, ++row;
-                   const int64_t i0 = row * kTile, j0 = (row + unit - first) * kTile;
-                   double tile[kTile][kTile];
-                   distance_tile(samples, i0, j0, tile);
-                   const int64_t rows = least(kTile, n - i0), columns = least(kTile, n - j0);
-                   for (int64_t r = 0; r < rows; ++r)
-                     for (int64_t c = i0 == j0 ? r : 0; c < columns; ++c)
-                       put(hi, lo, (i0 + r) * n + j0 + c, tile[r][c]);
-                   for (int64_t c = 0; c < columns; ++c)
-                     for (int64_t r = 0; r < (i0 == j0 ? c : rows); ++r)
-                       put(hi, lo, (j0 + c) * n + i0 + r, tile[r][c]);
-                 }
-               });
+  // The upper triangle of tiles, row by row.
+  const auto some = [&](const Samples<Real>& samples, int64_t begin, int64_t end) {
+    int64_t row = 0, first = 0;
+    while (first + tiles - row <= begin && begin < end) first += tiles - row++;
+    for (int64_t unit = begin; unit < end; ++unit) {
+      if (unit - first == tiles - row) first = unit, ++row;
+      const int64_t i0 = row * kTile, j0 = (row + unit - first) * kTile;
+      double tile[kTile][kTile];
+      distance_tile(samples, i0, j0, tile);
+      const int64_t rows = least(kTile, n - i0), columns = least(kTile, n - j0);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = i0 == j0 ? r : 0; c < columns; ++c)
+          put(hi, lo, (i0 + r) * n + j0 + c, tile[r][c]);
+      for (int64_t c = 0; c < columns; ++c)
+        for (int64_t r = 0; r < (i0 == j0 ? c : rows); ++r)
+          put(hi, lo, (j0 + c) * n + i0 + r, tile[r][c]);
+    }
+  };
+  const int64_t units = tiles * (tiles + 1) / 2, work = n * n * x.shape[1] / 2;
+  if (n * x.shape[1] <= kFewElements) {
+    parallel_for(units, work, threads,
+                 [&](int64_t begin, int64_t end) { some(Samples<Real>(x, 1), begin, end); });
+  } else {
+    const Samples<Real> samples(x, threads);
+    parallel_for(units, work, threads,
+                 [&](int64_t begin, int64_t end) { some(samples, begin, end); });
+  }
 }
 
 void pairwise_distance_forward(Tensor x, Tensor hi, Tensor lo, int64_t threads) {

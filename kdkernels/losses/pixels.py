@@ -35,12 +35,11 @@ def _maps(student: torch.Tensor, teacher: torch.Tensor) -> None:
 
 def _pixels(x: torch.Tensor, detach_norm: bool) -> torch.Tensor:
     """Maps as unit vectors, at least in float32: (N, H W, C). A zero pixel stays zero and gets no gradient."""
-    x = x if x.dtype == torch.float64 else x.float()
-    x = x.flatten(2).transpose(1, 2)
-    alive = (x != 0).any(2, keepdim=True)
-    length = torch.linalg.vector_norm((x.detach() if detach_norm else x).where(alive, 1.0), dim=2, keepdim=True)
+    x = (x if x.dtype == torch.float64 else x.float()).flatten(2)
+    length = torch.linalg.vector_norm(x.detach() if detach_norm else x, dim=1, keepdim=True)
+    alive = length > 0
     length = length + AUTHORS_EPS if detach_norm else length.clamp_min(EPS)
-    return (x / length).where(alive, 0.0)
+    return (x / length.where(alive, torch.inf)).transpose(1, 2)  # channel by channel, as maps lie
 
 
 def _patch(pool: float | int | None, height: int, width: int) -> tuple[int, int]:

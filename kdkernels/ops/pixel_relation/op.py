@@ -27,7 +27,7 @@ def _empty_gradients(
     student: torch.Tensor, teacher: torch.Tensor, want_student: bool, want_teacher: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(  # type: ignore[return-value]
-        torch.empty_like(x, memory_format=torch.contiguous_format) if want else x.new_empty(0)
+        torch.empty_like(x) if want else x.new_empty(0)
         for x, want in ((student, want_student), (teacher, want_teacher))
     )
 
@@ -50,10 +50,10 @@ def _similarity(
             difference.baddbmm_(t[:, rows], t.transpose(1, 2), alpha=-1)
             total += torch.linalg.vector_norm(difference, dtype=torch.float64).square()
             # The matrix is symmetric: each of its elements is met as a row's and as a column's.
-            if want_student:
-                ds[image, rows] = torch.bmm(difference, s).mul_(4)
-            if want_teacher:
-                dt[image, rows] = torch.bmm(difference, t).mul_(-4)
+            for d, x, factor in ((ds, s, 4), (dt, t, -4)):
+                if d.numel():
+                    own = d[image, rows].transpose(1, 2)  # maps lie channel by channel
+                    torch.bmm(x.transpose(1, 2), difference.transpose(1, 2), out=own).mul_(factor)
     return total.float(), ds, dt
 
 
@@ -70,6 +70,7 @@ def _cross_image(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     total = torch.zeros((), dtype=torch.float64, device=student.device)
+    student, teacher = student.contiguous(), teacher.contiguous()
     ds, dt = (d.zero_() for d in _empty_gradients(student, teacher, want_student, want_teacher))
     # Pixels of all images against those of one: hidden states against a head.
     s, t = student.flatten(0, 1), teacher.flatten(0, 1)
@@ -91,7 +92,7 @@ def _cross_image(
 
 
 def _cross_image_fake(student, teacher, scalars, want_student, want_teacher, backend):
-    return _fake(student, teacher, want_student, want_teacher)
+    return _fake(student.contiguous(), teacher.contiguous(), want_student, want_teacher)
 
 
 define(
