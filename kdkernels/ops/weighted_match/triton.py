@@ -218,7 +218,7 @@ def _attend(x, b, at, kept, inverse):
 
 @triton.jit
 def _double(n):
-    return tl.full((), 0.0, tl.float64) + n  # n may be a constant
+    return tl.full((), 0.0, tl.float64) + n
 
 
 @triton.jit
@@ -236,7 +236,7 @@ def _norm(squares, over, eps, MEAN: tl.constexpr, ADD_EPS: tl.constexpr):
     return tl.where(norm == 0.0, 0.0, share / tl.where(norm == 0.0, 1.0, divisor)), bend
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "kept", "over_s", "over_t"])
 def compare_kernel(
     s, t, each, batch, kept, over_s, over_t, eps, MEAN: tl.constexpr, SQUARED_: tl.constexpr, ADD_EPS: tl.constexpr,
     LANES: tl.constexpr,

@@ -13,7 +13,7 @@ def _over(x, at, inside, right, margin):
     return (tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - right) + margin
 
 
-@triton.jit(do_not_specialize=["ignore"])
+@triton.jit(do_not_specialize=["classes", "ignore"])
 def margin_kernel(
     x, labels, upstream, values, dx, classes, by_row, margin, ignore, HARDEST: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -86,5 +86,5 @@ def aot_rows() -> list[dict]:
     return [{
         "name": "margins, bf16", "kernel": margin_kernel, "constexprs": constexprs,
         "signature": {n: types.get(n, "constexpr") for n in margin_kernel.arg_names},
-        "divisible": ["x", "labels", "upstream", "dx", "classes", "by_row"], "num_warps": 4, "num_stages": 3,
+        "divisible": ["x", "labels", "upstream", "dx", "by_row"], "num_warps": 4, "num_stages": 3,
     }]  # fmt: skip
