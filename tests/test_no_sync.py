@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kdkernels
 from kdkernels import distillation_loss, kl_div
 from kdkernels.ops.row_divergence.op import RowDivergence
+from kdkernels.ops.scale.op import StoredGradients
 
 ROOT = Path(kdkernels.__file__).parent
 # Where plain PyTorch may look at values, and what only ever runs on a user's command.
@@ -180,12 +182,12 @@ class Context:
         self.saved_tensors = tensors
 
 
-def forward_and_backward(*inputs: Any) -> torch.Tensor:
-    ctx = Context(tuple(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs))
+def forward_and_backward(function: type[torch.autograd.Function], *inputs: Any) -> torch.Tensor:
+    ctx: Any = Context(tuple(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs))
     with torch.no_grad():
-        loss = RowDivergence.forward(ctx, *inputs)
-        RowDivergence.backward(ctx, torch.full_like(loss, 0.5))
-        RowDivergence.backward(ctx, torch.ones_like(loss))
+        loss = function.forward(ctx, *inputs)
+        function.backward(ctx, torch.full_like(loss, 0.5))
+        function.backward(ctx, torch.ones_like(loss))
     return loss
 
 
@@ -200,7 +202,8 @@ def test_traced_on_fake_gpu_tensors(name: str, dtype: torch.dtype, monkeypatch: 
             torch.empty(1, device="cuda")
         except (RuntimeError, AssertionError) as error:
             pytest.skip(f"this torch makes no fake GPU tensors: {error}")
-        monkeypatch.setattr(RowDivergence, "apply", forward_and_backward)
+        for autograd in (RowDivergence, StoredGradients):
+            monkeypatch.setattr(autograd, "apply", functools.partial(forward_and_backward, autograd))
         function, options = STEPS[name]
         scores, options = arguments(options, dtype)
         with Watch() as watch:

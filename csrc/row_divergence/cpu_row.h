@@ -88,7 +88,9 @@ struct TermTile {
   float ref_s, ref_t;
   float norm_s, norm_t;  // logits: what makes the exponentials in ps and pt probabilities
   float p0, p1;
-  float *ps, *pt, *g_s, *g_t;  // out
+  const float *es, *et;  // exponentials
+  float *ps, *pt, *g_s,
+      *g_t;  // out: probabilities, which may lie over the exponentials, and derivatives
 };
 
 template <int kKind, int kInputs>
@@ -97,6 +99,7 @@ TermSums terms_block(const TermTile& x, int64_t begin, int64_t end) {
   const Pair scale_s = x.scale_s, scale_t = x.scale_t, log_s = x.log_s, log_t = x.log_t;
   const float ref_s = x.ref_s, ref_t = x.ref_t, norm_s = x.norm_s, norm_t = x.norm_t, p0 = x.p0,
               p1 = x.p1;
+  const float *es = x.es, *et = x.et;
   float *ps = x.ps, *pt = x.pt, *g_s = x.g_s, *g_t = x.g_t;
   const AlphaBeta constants = alpha_beta_constants(p0, p1);
   float f = 0.f, sum_s = 0.f, sum_t = 0.f;
@@ -107,7 +110,7 @@ TermSums terms_block(const TermTile& x, int64_t begin, int64_t end) {
       const float d_s = s[i] - ref_s, d_t = t[i] - ref_t;
       a = (d_s * scale_s.hi - log_s.hi) + (d_s * scale_s.lo - log_s.lo);
       b = (d_t * scale_t.hi - log_t.hi) + (d_t * scale_t.lo - log_t.lo);
-      p = ps[i] * norm_s, q = pt[i] * norm_t;
+      p = es[i] * norm_s, q = et[i] * norm_t;
     } else {
       a = s[i], p = vexp(a);
       if constexpr (kInputs == kLogProbs) {
@@ -368,6 +371,8 @@ class RowKernel {
     double f = 0.0, g_s = 0.0, g_t = 0.0;
     const Pair log_s = split(job_.logits() ? student_.run.log_z() : 0.0);
     const Pair log_t = split(job_.logits() ? teacher_.run.log_z() : 0.0);
+    // What no gradient will need goes where it stays in the first-level cache.
+    const bool with_s = student_.d || learn_temperature_, with_t = teacher_.d || learn_temperature_;
     for_tiles(job_.classes, [&](int64_t k, int64_t start, int64_t n) {
       const TermTile x{student_.tile(start, n, buffer_[0]),
                        teacher_.tile(start, n, buffer_[1]),
@@ -383,8 +388,10 @@ class RowKernel {
                        job_.scalars[kP1],
                        student_.e + start,
                        teacher_.e + start,
-                       g_s_ + start,
-                       g_t_ + start};
+                       with_s ? student_.e + start : buffer_[2],
+                       with_t ? teacher_.e + start : buffer_[2],
+                       with_s ? g_s_ + start : buffer_[2],
+                       with_t ? g_t_ + start : buffer_[2]};
       const TermSums sums = terms_of(job_.kind, job_.inputs, x, padded(n));
       f += sums.f;
       g_s += sums.g_s;

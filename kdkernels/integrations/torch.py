@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch.overrides import has_torch_function_variadic
 
 from kdkernels import backends
-from kdkernels.ops.row_divergence.kinds import Inputs
+from kdkernels.ops.row_divergence.kinds import Inputs, Kind
 from kdkernels.ops.row_divergence.op import row_divergence
 
 __all__ = ["KLDivLoss", "kl_div"]
@@ -66,6 +66,8 @@ def kl_div(
         )
     student, teacher, dim = _rows(input, target)
     loss = row_divergence(
+        "torch.nn.functional.kl_div",
+        Kind.FORWARD_KL,
         student,
         teacher,
         scale_by_t2=False,
@@ -73,7 +75,6 @@ def kl_div(
         reduction="sum",
         num_items={"mean": input.numel(), "batchmean": input.size(0)}.get(reduction),
         inputs=Inputs.LOG_PROBS if log_target else Inputs.LOG_PROBS_AND_PROBS,
-        operation="torch.nn.functional.kl_div",
     )
     if torch.is_autocast_enabled(input.device.type):
         return loss  # float32: kl_div is on autocast's list of what runs in it

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 
 from kdkernels.losses import checks
-from kdkernels.losses.logits import _call
 from kdkernels.losses.module import LossModule
 from kdkernels.ops.row_divergence.kinds import Kind
+from kdkernels.ops.row_divergence.op import row_divergence
 from kdkernels.ops.scalars import Number
 
 
@@ -37,10 +37,10 @@ def reverse_kl_div(
     The arguments, the result and the errors are kl_div's. Where the student has mass on a class whose teacher logit
     is -inf it is +inf.
     """
-    return _call(
+    return row_divergence(
         "reverse_kl_div", Kind.REVERSE_KL, student_logits, teacher_logits, temperature=temperature,
         teacher_temperature=teacher_temperature, scale_by_t2=scale_by_t2, dim=dim, reduction=reduction, weight=weight,
-        labels=labels, ignore_index=ignore_index, num_items=num_items, from_log_probs=from_log_probs, backend=backend,
+        labels=labels, ignore_index=ignore_index, num_items=num_items, inputs=int(from_log_probs), backend=backend,
     )  # fmt: skip
 
 
@@ -72,10 +72,10 @@ def symmetric_kl_div(
     Against others: torchtune's ratio weighs the forward KL too, DistiLLM's the reverse one (pass 1 - ratio).
     """
     checks.number("ratio", ratio, low=0, high=1)
-    return _call(
+    return row_divergence(
         "symmetric_kl_div", Kind.SYMMETRIC_KL, student_logits, teacher_logits, p0=ratio, temperature=temperature,
         teacher_temperature=teacher_temperature, scale_by_t2=scale_by_t2, dim=dim, reduction=reduction, weight=weight,
-        labels=labels, ignore_index=ignore_index, num_items=num_items, from_log_probs=from_log_probs, backend=backend,
+        labels=labels, ignore_index=ignore_index, num_items=num_items, inputs=int(from_log_probs), backend=backend,
     )  # fmt: skip
 
 
@@ -99,10 +99,10 @@ def js_div(
 
     At T = 1 a row's value lies between 0 and ln 2. The arguments, the result and the errors are kl_div's.
     """
-    return _call(
+    return row_divergence(
         "js_div", Kind.JSD, student_logits, teacher_logits, p0=0.5, temperature=temperature,
         teacher_temperature=teacher_temperature, scale_by_t2=scale_by_t2, dim=dim, reduction=reduction, weight=weight,
-        labels=labels, ignore_index=ignore_index, num_items=num_items, from_log_probs=from_log_probs, backend=backend,
+        labels=labels, ignore_index=ignore_index, num_items=num_items, inputs=int(from_log_probs), backend=backend,
     )  # fmt: skip
 
 
@@ -137,10 +137,10 @@ def generalized_js_div(
     the student's share (pass 1 - lambda).
     """
     checks.number("beta", beta, low=0, high=1)
-    return _call(
+    return row_divergence(
         "generalized_js_div", Kind.JSD, student_logits, teacher_logits, p0=beta, temperature=temperature,
         teacher_temperature=teacher_temperature, scale_by_t2=scale_by_t2, dim=dim, reduction=reduction, weight=weight,
-        labels=labels, ignore_index=ignore_index, num_items=num_items, from_log_probs=from_log_probs, backend=backend,
+        labels=labels, ignore_index=ignore_index, num_items=num_items, inputs=int(from_log_probs), backend=backend,
     )  # fmt: skip
 
 
@@ -172,10 +172,10 @@ def skew_kl_div(
     student's gradient.
     """
     checks.number("skew", skew, low=0, high=1)
-    return _call(
+    return row_divergence(
         "skew_kl_div", Kind.SKEW_KL, student_logits, teacher_logits, p0=skew, temperature=temperature,
         teacher_temperature=teacher_temperature, scale_by_t2=scale_by_t2, dim=dim, reduction=reduction, weight=weight,
-        labels=labels, ignore_index=ignore_index, num_items=num_items, from_log_probs=from_log_probs, backend=backend,
+        labels=labels, ignore_index=ignore_index, num_items=num_items, inputs=int(from_log_probs), backend=backend,
     )  # fmt: skip
 
 
@@ -205,10 +205,10 @@ def skew_reverse_kl_div(
     The other arguments, the result and the errors are kl_div's.
     """
     checks.number("skew", skew, low=0, high=1)
-    return _call(
+    return row_divergence(
         "skew_reverse_kl_div", Kind.SKEW_REVERSE_KL, student_logits, teacher_logits, p0=skew, temperature=temperature,
         teacher_temperature=teacher_temperature, scale_by_t2=scale_by_t2, dim=dim, reduction=reduction, weight=weight,
-        labels=labels, ignore_index=ignore_index, num_items=num_items, from_log_probs=from_log_probs, backend=backend,
+        labels=labels, ignore_index=ignore_index, num_items=num_items, inputs=int(from_log_probs), backend=backend,
     )  # fmt: skip
 
 
@@ -235,10 +235,10 @@ def total_variation(
 
     Against others: Liger's takes probabilities, and has a derivative of -0.5 at ties.
     """
-    return _call(
+    return row_divergence(
         "total_variation", Kind.TOTAL_VARIATION, student_logits, teacher_logits, temperature=temperature,
         teacher_temperature=teacher_temperature, scale_by_t2=scale_by_t2, dim=dim, reduction=reduction, weight=weight,
-        labels=labels, ignore_index=ignore_index, num_items=num_items, from_log_probs=from_log_probs, backend=backend,
+        labels=labels, ignore_index=ignore_index, num_items=num_items, inputs=int(from_log_probs), backend=backend,
     )  # fmt: skip
 
 
@@ -273,10 +273,10 @@ def alpha_beta_div(
     """
     checks.number("alpha", alpha)
     checks.number("beta", beta)
-    return _call(
+    return row_divergence(
         "alpha_beta_div", Kind.ALPHA_BETA, student_logits, teacher_logits, p0=alpha, p1=beta, temperature=temperature,
         teacher_temperature=teacher_temperature, scale_by_t2=scale_by_t2, dim=dim, reduction=reduction, weight=weight,
-        labels=labels, ignore_index=ignore_index, num_items=num_items, from_log_probs=from_log_probs, backend=backend,
+        labels=labels, ignore_index=ignore_index, num_items=num_items, inputs=int(from_log_probs), backend=backend,
     )  # fmt: skip
 
 
@@ -303,10 +303,10 @@ def soft_cross_entropy(
 
     Against others: torchtune calls this ForwardKL.
     """
-    return _call(
+    return row_divergence(
         "soft_cross_entropy", Kind.SOFT_CROSS_ENTROPY, student_logits, teacher_logits, temperature=temperature,
         teacher_temperature=teacher_temperature, scale_by_t2=scale_by_t2, dim=dim, reduction=reduction, weight=weight,
-        labels=labels, ignore_index=ignore_index, num_items=num_items, from_log_probs=from_log_probs, backend=backend,
+        labels=labels, ignore_index=ignore_index, num_items=num_items, inputs=int(from_log_probs), backend=backend,
     )  # fmt: skip
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from kdkernels.losses import checks
 from kdkernels.losses.module import LossModule
-from kdkernels.ops.row_divergence.kinds import Inputs, Kind
+from kdkernels.ops.row_divergence.kinds import Kind
 from kdkernels.ops.row_divergence.op import row_divergence
 from kdkernels.ops.scalars import Number
 
@@ -41,56 +40,6 @@ def _soft_term(divergence: str, options: Mapping[str, Number] | None) -> tuple[K
         checks.number(name, value, low=low, high=high)
     values: list[Number] = list({**defaults, **(options or {})}.values())
     return kind, (values + [0.0, 0.0])[:2]
-
-
-def _call(
-    operation: str,
-    kind: Kind,
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    *,
-    temperature: Number,
-    teacher_temperature: Number | None,
-    dim: int,
-    reduction: str,
-    weight: torch.Tensor | None,
-    labels: torch.Tensor | None,
-    ignore_index: int,
-    num_items: Number | None,
-    from_log_probs: bool = False,
-    class_weight: torch.Tensor | None = None,
-    what: str = "logits",
-    **options: Any,
-) -> torch.Tensor:
-    """Validates what all logit losses have in common, and runs the operator."""
-    dim = checks.scores(f"student_{what}", student, f"teacher_{what}", teacher, dim)
-    checks.number("temperature", temperature, low=0, open_low=True, learnable=True)
-    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, learnable=True, optional=True)
-    checks.items(num_items)
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
-    checks.integer("ignore_index", ignore_index)
-    if labels is not None or weight is not None or class_weight is not None:
-        rows, classes = tuple(student.shape[:dim] + student.shape[dim + 1 :]), student.shape[dim]
-        weight = checks.per_row("weight", weight, rows, student.device)
-        labels = checks.labels_of(labels, rows, classes, ignore_index, student.device)
-        class_weight = checks.per_class("class_weight", class_weight, classes, student.device)
-    return row_divergence(
-        student,
-        teacher,
-        kind=kind,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        dim=dim,
-        reduction=reduction,
-        weight=weight,
-        labels=labels,
-        class_weight=class_weight,
-        ignore_index=ignore_index,
-        num_items=num_items,
-        inputs=Inputs.LOG_PROBS if from_log_probs else Inputs.LOGITS,
-        operation=operation,
-        **options,
-    )
 
 
 def kl_div(
@@ -145,10 +94,10 @@ def kl_div(
     Against others: Hugging Face examples, torchdistill's and mdistiller's KD are `reduction="batchmean"`; ModelOpt's
     default is `reduction="mean"`.
     """
-    return _call(
+    return row_divergence(
         "kl_div", Kind.FORWARD_KL, student_logits, teacher_logits, temperature=temperature,
         teacher_temperature=teacher_temperature, scale_by_t2=scale_by_t2, dim=dim, reduction=reduction, weight=weight,
-        labels=labels, ignore_index=ignore_index, num_items=num_items, from_log_probs=from_log_probs, backend=backend,
+        labels=labels, ignore_index=ignore_index, num_items=num_items, inputs=int(from_log_probs), backend=backend,
     )  # fmt: skip
 
 
@@ -214,7 +163,7 @@ def distillation_loss(
     checks.number("label_smoothing", label_smoothing, low=0, high=1)
     if labels is None:
         raise TypeError("labels must be a tensor; without labels use kl_div")
-    return _call(
+    return row_divergence(
         "distillation_loss", kind, student_logits, teacher_logits, temperature=temperature,
         teacher_temperature=teacher_temperature, scale_by_t2=scale_by_t2, dim=dim, reduction=reduction, weight=weight,
         labels=labels, ignore_index=ignore_index, num_items=num_items, class_weight=class_weight,

@@ -83,9 +83,9 @@ def sequence_loss(
     )  # fmt: skip
     # No teacher: a divergence from itself, times 0.
     return row_divergence(
-        student_logits, student_logits.detach(), kind=Kind.FORWARD_KL, kd_weight=0.0, ce_weight=1.0, reduction=reduction,
+        "sequence_loss", Kind.FORWARD_KL, student_logits, student_logits.detach(), kd_weight=0.0, ce_weight=1.0, reduction=reduction,
         labels=labels, weight=weight, label_smoothing=label_smoothing, ignore_index=ignore_index, num_items=num_items,
-        backend=backend, operation="sequence_loss",
+        backend=backend, what="logits",
     )  # fmt: skip
 
 

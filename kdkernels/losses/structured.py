@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from kdkernels.losses import checks
-from kdkernels.losses.logits import _call
 from kdkernels.losses.module import LossModule
 from kdkernels.ops.row_divergence.kinds import Kind
+from kdkernels.ops.row_divergence.op import row_divergence
 from kdkernels.ops.scalars import Number
 
 
@@ -55,7 +55,7 @@ def decoupled_kd_loss(
     checks.number("warmup_epochs", warmup_epochs, low=0, open_low=True)
     if labels is None:
         raise TypeError("labels must be a tensor: the label's class is what is decoupled")
-    return _call(
+    return row_divergence(
         "decoupled_kd_loss", Kind.DECOUPLED_KL, student_logits, teacher_logits, p0=alpha, p1=beta,
         kd_weight=1.0 if epoch is None else min(epoch / warmup_epochs, 1.0), temperature=temperature,
         teacher_temperature=teacher_temperature, scale_by_t2=scale_by_t2, dim=dim, reduction=reduction, weight=weight,
@@ -102,7 +102,7 @@ def channel_wise_div(
         )
     if student_features.dim() < 3:
         raise ValueError(f"features must be (N, C, ...) with a spatial axis, got shape {tuple(student_features.shape)}")
-    return _call(
+    return row_divergence(
         "channel_wise_div", Kind.FORWARD_KL, student_features.flatten(2), teacher_features.flatten(2), what="features",
         temperature=temperature, teacher_temperature=None, scale_by_t2=scale_by_t2, dim=-1, reduction=reduction,
         weight=weight, labels=None, ignore_index=-100, num_items=num_items, backend=backend,
@@ -152,7 +152,7 @@ def pixel_wise_div(
         if num_items is None:
             num_items = max(student_logits[0, 0].numel() if student_logits.numel() else 1, 1)
         reduction = "sum"
-    return _call(
+    return row_divergence(
         "pixel_wise_div", Kind.FORWARD_KL if form == "kl" else Kind.SOFT_CROSS_ENTROPY, student_logits, teacher_logits,
         temperature=temperature, teacher_temperature=None, scale_by_t2=scale_by_t2, dim=1, reduction=reduction,
         weight=weight, labels=labels, ignore_index=ignore_index, num_items=num_items, backend=backend,
@@ -189,7 +189,7 @@ def lwf_loss(
     checks.number("uniform", uniform, low=0)
     checks.scores("student_logits", student_logits, "teacher_logits", teacher_logits, dim)
     classes = student_logits.shape[dim]
-    return _call(
+    return row_divergence(
         "lwf_loss", Kind.SOFT_CROSS_ENTROPY, student_logits, teacher_logits, p0=uniform, p1=uniform / max(classes, 1),
         temperature=temperature, teacher_temperature=None, scale_by_t2=False, dim=dim, reduction=reduction,
         weight=weight, labels=None, ignore_index=-100, num_items=num_items, backend=backend,
@@ -254,7 +254,7 @@ def auxiliary_heads_loss(
         )
     heads = head_logits.shape[0]
     # The mean over M N rows, M times: summed over heads, averaged over rows.
-    loss = _call(
+    loss = row_divergence(
         "auxiliary_heads_loss", Kind.SOFT_CROSS_ENTROPY, head_logits, teacher_logits.detach().expand_as(head_logits),
         kd_weight=alpha * heads, ce_weight=(1 - alpha) * heads, scale_by_t2=True, temperature=temperature,
         teacher_temperature=None, dim=-1, reduction="rowmean", weight=None, labels=labels.expand(heads, *labels.shape),

@@ -46,8 +46,10 @@ class _Split(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _splits(shape: tuple[int, ...], strides: tuple[tuple[int, ...] | None, ...], dim: int) -> tuple[_Split | None, ...]:
-    """How each of these tensors of one shape splits, at the place that leaves the fewest to be copied."""
+def _splits(
+    shape: tuple[int, ...], strides: tuple[tuple[int, ...] | None, ...], dim: int
+) -> tuple[tuple[_Split | None, ...], int]:
+    """How each of these tensors of one shape splits, at the place that leaves the fewest to be copied; how many."""
     # Everything before the class axis is the usual answer: (N, V), (B, T, V) and (N, V, H, W). There every copy splits.
     candidates = [dim, *(k for k in range(len(shape) - 1, -1, -1) if k != dim)]
     found = []
@@ -62,7 +64,8 @@ def _splits(shape: tuple[int, ...], strides: tuple[tuple[int, ...] | None, ...],
                 splits.append(None if stride is None or copy is None else _Split(*copy, copied=True))
         if all((x is None) == (stride is None) for x, stride in zip(splits, strides, strict=True)):
             found.append(tuple(splits))
-    return min(found, key=lambda splits: sum(x is not None and x.copied for x in splits))
+    copies = [sum(x is not None and x.copied for x in splits) for splits in found]
+    return found[copies.index(min(copies))], min(copies)
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -75,10 +78,8 @@ def rows(dim: int, *tensors: torch.Tensor | None) -> list[View | None]:
     Row r = o * inner + i; this is the row-major order of the shape without the class axis, wherever it was split. A view
     is of a copy only where the strides of its tensor allow no other. `dim` is non-negative, and the first tensor given.
     """
-    first = tensors[0]
-    assert first is not None
-    splits = _splits(first.shape, tuple([None if x is None else x.stride() for x in tensors]), dim)
-    return [
-        None if x is None or split is None else View(x.contiguous() if split[2] else x, split[0], split[1])
-        for x, split in zip(tensors, splits, strict=True)
-    ]
+    strides = tuple([None if x is None else x.stride() for x in tensors])
+    splits, copies = _splits(tensors[0].shape, strides, dim)  # type: ignore[union-attr]
+    if copies:
+        tensors = tuple(x if x is None or not split.copied else x.contiguous() for x, split in zip(tensors, splits))
+    return [None if x is None else View(x, split[0], split[1]) for x, split in zip(tensors, splits)]

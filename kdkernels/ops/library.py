@@ -29,7 +29,8 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     def call(x: torch.Tensor, *args: Any) -> Any:
         watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
         if watched or type(x) not in (torch.Tensor, torch.nn.Parameter):
-            return operator(x, *args)
+            with torch.no_grad():  # gradients are our own business
+                return operator(x, *args)
         return implementation(x, *args)
 
     return call

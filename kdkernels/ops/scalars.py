@@ -9,7 +9,6 @@ reads them, so that nothing waits for the device.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,36 +16,29 @@ import torch
 Number = float | int | torch.Tensor
 
 
-_PLAIN = {float, int, bool, str, type(None), torch.Size, torch.dtype}
-_KINDS = {torch.Tensor, torch.nn.Parameter}
+_PLAIN = {float, int, bool, str, type(None)}
+TENSORS = {torch.Tensor, torch.nn.Parameter}
 
 
 def readable(*tensors: torch.Tensor) -> bool:
     """Whether there are values to look at: nothing is being traced, by the compiler or with fake tensors."""
-    return not torch.compiler.is_compiling() and _KINDS.issuperset([type(x) for x in tensors])
+    return not torch.compiler.is_compiling() and TENSORS.issuperset([type(x) for x in tensors])
 
 
-def remembered(function: Callable[..., Any]) -> Callable[..., Any]:
-    """functools.lru_cache, passed by where an argument is a tensor (its value may change) or something looks on.
+def remembers(arguments: tuple[Any, ...]) -> bool:
+    """Whether what follows from these arguments may be kept for a later call with the same.
 
-    The function takes positional arguments only, and what it returns is shared: nobody writes into it.
+    Not where one is a tensor, whose value may change, nor while something looks on: a dispatch mode (fake tensors) makes
+    tensors of its own kind.
     """
-    cached = functools.lru_cache(maxsize=4096)(function)
-
-    def call(*arguments: Any) -> Any:
-        # A dispatch mode (fake tensors) would make a tensor of its own kind, which must not be kept.
-        if (
-            torch.compiler.is_compiling()
-            or torch._C._len_torch_dispatch_stack()
-            or not _PLAIN.issuperset(map(type, arguments))
-        ):
-            return function(*arguments)
-        return cached(*arguments)
-
-    return call
+    return (
+        _PLAIN.issuperset(map(type, arguments))
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+    )
 
 
-@remembered
+@functools.lru_cache(maxsize=4096)
 def _constant(*values: float) -> torch.Tensor:
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float32)
@@ -54,8 +46,8 @@ def _constant(*values: float) -> torch.Tensor:
 
 def pack(values: tuple[Number, ...]) -> torch.Tensor:
     """A float32 vector of these values, detached."""
-    if not torch.compiler.is_compiling() and {float, int}.issuperset(map(type, values)):
-        return _constant(*values)
+    if remembers(values):
+        return _constant(*values)  # shared by every call with these values: operators only read it
     tensors = [v for v in values if isinstance(v, torch.Tensor)]
     if not readable(*tensors):
         device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
@@ -64,7 +56,7 @@ def pack(values: tuple[Number, ...]) -> torch.Tensor:
             [(v.detach().to(one) if isinstance(v, torch.Tensor) else one * v).reshape(()) for v in values]
         )
     if not tensors:
-        return _constant(*[float(v) for v in values])  # type: ignore[arg-type]
+        return _constant.__wrapped__(*[float(v) for v in values])  # type: ignore[arg-type]
     device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
     if device.type == "cpu":
         return torch.tensor(

@@ -21,7 +21,7 @@ from kdkernels.ops.linear_divergence.heads import (
     view,
 )
 from kdkernels.ops.row_divergence.kinds import STATS, Inputs, Kind
-from kdkernels.ops.row_divergence.op import COUNT_CE, COUNT_KD, _flat, _given_divisors, _kernels, _plan
+from kdkernels.ops.row_divergence.op import COUNT_CE, COUNT_KD, _flat, _given_divisors, _kernels, _terms
 from kdkernels.ops.scalars import Number
 
 _NOBODY: Any = Head(None, None)  # type: ignore[arg-type]
@@ -237,11 +237,11 @@ def linear_divergence(
     # The logits' shape, in the memory of one element.
     scores = student.hidden.new_empty(()).expand(*leading, student.weight.shape[0] + (student.own is not None))
     # As if they were one row_divergence: `count` says which divisors it would have counted.
-    scalars, (_, _, hard, count, *_) = _plan(
-        scores.shape, len(leading), reduction, labels is not None or weight is not None, int(kind), Inputs.LOGITS.value,
-        temperature, teacher_temperature, kd_weight, ce_weight, scale_by_t2, label_smoothing, p0, p1, num_items,
-        ignore_index, backend,
+    scalars, count = _terms(
+        scores.shape, len(leading), reduction, labels is not None or weight is not None, temperature, teacher_temperature,
+        kd_weight, ce_weight, scale_by_t2, label_smoothing, p0, p1, num_items,
     )  # fmt: skip
+    hard = ce_weight is not None
     divisors = _given_divisors(num_items, reduction, scores.device)
     labels, weight = _flat(labels, torch.int64), _flat(weight, torch.float32)
     class_weight = _flat(class_weight, torch.float32)

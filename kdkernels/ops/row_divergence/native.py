@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from kdkernels import backends
-from kdkernels.native import View
 
 
-def _context(backend: str, student: View, scalars: Any) -> tuple[Any, tuple[int, ...]]:
-    library = backends.library(backend)
-    context = library.context(student.tensor)
-    if backend != "cpu":
-        context = (int(scalars.device.type == "cuda"), *context)
-    return library, context
+def entry(backend: str, name: str) -> Callable[..., None]:
+    """The entry row_divergence_forward or _backward of a backend; the arguments are op.py's."""
 
+    def on_cpu(*args: Any) -> None:
+        library = backends.library(backend)
+        library.call(name, *args, *library.context(args[0][0]))
 
-def forward(backend: str, student: View, teacher: View, *args: Any) -> None:
-    """The entry row_divergence_forward; the arguments are op.py's."""
-    library, context = _context(backend, student, args[3])
-    library.call("row_divergence_forward", student, teacher, *args, *context)
+    def on_device(*args: Any) -> None:
+        library = backends.library(backend)
+        library.call(name, *args, int(args[5].device.type == "cuda"), *library.context(args[0][0]))
 
-
-def backward(backend: str, student: View, teacher: View, *args: Any) -> None:
-    """The entry row_divergence_backward; the arguments are op.py's."""
-    library, context = _context(backend, student, args[3])
-    library.call("row_divergence_backward", student, teacher, *args, *context)
+    return on_cpu if backend == "cpu" else on_device

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from kdkernels import backends
+from kdkernels.losses import checks
 from kdkernels.native import View
 from kdkernels.ops import layout
-from kdkernels.ops.library import define, first_order, graph_is_kept
+from kdkernels.ops.library import define, first_order
 from kdkernels.ops.row_divergence import native, reference
 from kdkernels.ops.row_divergence.kinds import (
     DIVERGENCE,
     KD_WEIGHT,
     STATS,
     TEMPERATURE,
-    Inputs,
-    Kind,
 )
-from kdkernels.ops.scalars import Number, pack, remembered
-from kdkernels.ops.scale.op import scaled
+from kdkernels.ops.scalars import TENSORS, Number, pack, remembers
+from kdkernels.ops.scale.op import with_gradients
 
 COUNT_KD, COUNT_CE = 1, 2  # which divisors a kernel counts from labels and weights
 
@@ -34,7 +33,7 @@ def _kernels(backend: str) -> tuple[Callable[..., None], Callable[..., None]]:
         from kdkernels.ops.row_divergence import triton
 
         return triton.forward, triton.backward
-    return functools.partial(native.forward, backend), functools.partial(native.backward, backend)
+    return native.entry(backend, "row_divergence_forward"), native.entry(backend, "row_divergence_backward")
 
 
 def _rows(x: torch.Tensor, dim: int) -> int:
@@ -164,59 +163,38 @@ backward_op = define(
 
 
 class RowDivergence(torch.autograd.Function):
-    """Loss and gradient in one pass where that is safe, else statistics now and the gradient later.
-
-    A gradient is stored before its upstream scale is known only in float32 and bfloat16: in float16
-    it would underflow (1/N times a probability difference), so there, for one loss a row, and for a
-    learnable temperature, the backward reads the logits again.
-    """
+    """Statistics now and the gradient later: the backward reads the logits again."""
 
     @staticmethod
     def forward(ctx, student, teacher, temperature, teacher_temperature, labels, weight, class_weight, scalars, divisors,
                 options):  # fmt: skip
         kind, inputs, hard, count, ignore_index, dim, per_row, scale_by_t2, shared_temperature, backend = options
-        want_s, want_t, want_ts, want_tt = ctx.needs_input_grad[:4]
-        stored = (
-            (want_s or want_t)
-            and not (per_row or want_ts or want_tt)
-            and torch.float16 not in (student.dtype, teacher.dtype)
-        )
-        total, losses, saved, grads = forward_op(
-            student, teacher, labels, weight, class_weight, scalars, divisors, kind, inputs, hard, count,
-            ignore_index, dim, stored and want_s, stored and want_t, backend,
+        total, losses, saved, _ = forward_op(
+            student, teacher, labels, weight, class_weight, scalars, divisors, kind, inputs, hard, count, ignore_index,
+            dim, False, False, backend,
         )  # fmt: skip
-        ctx.stored, ctx.backend = stored, backend
-        output = losses.view(student.shape[:dim] + student.shape[dim + 1 :]) if per_row else total
-        if stored:
-            ctx.save_for_backward(output, *grads)
-        elif any(ctx.needs_input_grad[:4]):
-            ctx.save_for_backward(output, student, teacher, labels, weight, class_weight, scalars, saved)
-            ctx.options = kind, inputs, hard, count != 0 or divisors is not None, ignore_index, dim
-            ctx.scale_by_t2 = scale_by_t2
-            ctx.shared_temperature = shared_temperature
-            ctx.temperature_shapes = [None if x is None else x.shape for x in (temperature, teacher_temperature)]
+        output = _per_row(losses, student, dim) if per_row else total
+        ctx.save_for_backward(output, student, teacher, labels, weight, class_weight, scalars, saved)
+        ctx.options = kind, inputs, hard, count != 0 or divisors is not None, ignore_index, dim
+        ctx.scale_by_t2, ctx.shared_temperature, ctx.backend = scale_by_t2, shared_temperature, backend
+        ctx.temperature_shapes = [None if x is None else x.shape for x in (temperature, teacher_temperature)]
         return output
 
     @staticmethod
     def backward(ctx, upstream):
         want_s, want_t, want_ts, want_tt = ctx.needs_input_grad[:4]
+        output, student, teacher, labels, weight, class_weight, scalars, saved = ctx.saved_tensors
         d_ts = d_tt = None
-        if ctx.stored:
-            output, *grads = ctx.saved_tensors
-            grads = scaled(grads, upstream, ctx.backend, keep=graph_is_kept())
-            ds, dt = grads[0] if want_s else None, grads[-1] if want_t else None
-        else:
-            output, student, teacher, labels, weight, class_weight, scalars, saved = ctx.saved_tensors
-            with torch.no_grad():
-                grads = backward_op(
-                    student, teacher, labels, weight, class_weight, scalars, saved, upstream,
-                    *ctx.options, want_s, want_t, want_ts or want_tt, ctx.backend,
-                )  # fmt: skip
-                ds, dt = grads[0] if want_s else None, grads[want_s] if want_t else None
-                if want_ts or want_tt:
-                    d_ts, d_tt = _temperature_gradients(ctx, grads[-1], saved, scalars, weight, upstream)
-                    shape_s, shape_t = ctx.temperature_shapes
-                    d_ts, d_tt = d_ts.reshape(shape_s) if want_ts else None, d_tt.reshape(shape_t) if want_tt else None
+        with torch.no_grad():
+            grads = backward_op(
+                student, teacher, labels, weight, class_weight, scalars, saved, upstream,
+                *ctx.options, want_s, want_t, want_ts or want_tt, ctx.backend,
+            )  # fmt: skip
+            ds, dt = grads[0] if want_s else None, grads[want_s] if want_t else None
+            if want_ts or want_tt:
+                d_ts, d_tt = _temperature_gradients(ctx, grads[-1], saved, scalars, weight, upstream)
+                shape_s, shape_t = ctx.temperature_shapes
+                d_ts, d_tt = d_ts.reshape(shape_s) if want_ts else None, d_tt.reshape(shape_t) if want_tt else None
         grads = first_order("row_divergence", output, (ds, dt, d_ts, d_tt))
         return (*grads, None, None, None, None, None, None)
 
@@ -240,10 +218,11 @@ def _temperature_gradients(ctx, rows, saved, scalars, weight, upstream):
 
 
 def row_divergence(
+    operation: str,
+    kind: int,
     student: torch.Tensor,
     teacher: torch.Tensor,
     *,
-    kind: Kind = Kind.FORWARD_KL,
     temperature: Number = 1.0,
     teacher_temperature: Number | None = None,
     kd_weight: Number = 1.0,
@@ -257,52 +236,137 @@ def row_divergence(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     num_items: Number | None = None,
-    inputs: Inputs = Inputs.LOGITS,
+    inputs: int = 0,
     p0: Number = 0.0,
     p1: Number = 0.0,
     backend: str = "auto",
-    operation: str = "row_divergence",
+    what: str = "logits",
 ) -> torch.Tensor:
     """kd_weight * T^2 * divergence + ce_weight * cross-entropy over rows of scores.
 
-    The arguments are those of the public losses (kdkernels.losses.logits), already validated there;
-    beyond them:
+    Validates the tensors and what all divergences have in common; further arguments are those of the public losses, and
 
     Args:
-        kind: which divergence; p0 and p1 are its parameters.
+        operation, what: the public names of the function and of what it compares, for messages.
+        kind: which divergence, a Kind; p0 and p1 are its parameters.
         kd_weight, ce_weight: factors of the two terms; ce_weight None leaves the hard-label term out,
             and labels then only mask rows.
-        inputs: what the score tensors hold.
-        operation: the public name, for messages.
+        inputs: what the score tensors hold, one of Inputs.
+
+    A gradient is stored in the forward pass, before its upstream scale is known, only in float32 and bfloat16: in
+    float16 it would underflow (1/N times a probability difference), so there, for one loss a row, and for a learnable
+    temperature, the backward reads the logits again.
     """
-    backend = backends.resolve(operation, (student, teacher), backend)
-    if backend == "reference":
+    if labels is not None or weight is not None or class_weight is not None:
+        axis = checks.scores(f"student_{what}", student, f"teacher_{what}", teacher, dim)
+        rows, classes = tuple(student.shape[:axis] + student.shape[axis + 1 :]), student.shape[axis]
+        weight = checks.per_row("weight", weight, rows, student.device)
+        labels = checks.labels_of(labels, rows, classes, ignore_index, student.device)
+        class_weight = checks.per_class("class_weight", class_weight, classes, student.device)
+        masked = labels is not None or weight is not None
+    else:
+        masked = False
+    plan = _plan_of(
+        student, teacher, operation, what, int(kind), int(inputs), dim, ignore_index, temperature, teacher_temperature,
+        kd_weight, ce_weight, scale_by_t2, reduction, masked, label_smoothing, num_items, p0, p1, backend,
+    )  # fmt: skip
+    options = plan.options
+    if options is None:
         return reference.row_divergence(
             student, teacher, kind=kind, temperature=temperature, teacher_temperature=teacher_temperature,
             kd_weight=kd_weight, ce_weight=ce_weight, scale_by_t2=scale_by_t2, dim=dim, reduction=reduction,
             labels=labels, weight=weight, class_weight=class_weight, label_smoothing=label_smoothing,
             ignore_index=ignore_index, num_items=num_items, inputs=inputs, p0=p0, p1=p1,
         )  # fmt: skip
-    scalars, options = _plan(
-        student.shape, dim, reduction, labels is not None or weight is not None, int(kind), int(inputs), temperature,
-        teacher_temperature, kd_weight, ce_weight, scale_by_t2, label_smoothing, p0, p1,
-        num_items, ignore_index, backend,
+    if masked or class_weight is not None:
+        labels, weight = _flat(labels, torch.int64), _flat(weight, torch.float32)
+        class_weight = _flat(class_weight, torch.float32)
+    divisors = None
+    learned = (None, None)  # temperatures
+    learns = torch.is_grad_enabled()
+    want_s, want_t = learns and student.requires_grad, learns and teacher.requires_grad
+    _, _, hard, count, _, dim, per_row, _, _, backend = options
+    if not plan.plain:
+        divisors = _given_divisors(num_items, reduction, student.device)
+        learned = tuple(_learnable(x) if learns else None for x in (temperature, teacher_temperature))
+    if learned != (None, None) or ((want_s or want_t) and not plan.stores):
+        return RowDivergence.apply(
+            student, teacher, *learned, labels, weight, class_weight, plan.scalars, divisors, options
+        )
+    total, losses, _, grads = forward_op(
+        student, teacher, labels, weight, class_weight, plan.scalars, divisors, int(kind), inputs, hard, count, ignore_index,
+        dim, want_s, want_t, backend,
     )  # fmt: skip
-    divisors = _given_divisors(num_items, reduction, student.device)
-    return RowDivergence.apply(
-        student, teacher, _learnable(temperature), _learnable(teacher_temperature),
-        _flat(labels, torch.int64), _flat(weight, torch.float32), _flat(class_weight, torch.float32), scalars, divisors,
-        options,
-    )  # fmt: skip
+    if not grads:
+        return _per_row(losses, student, dim) if per_row else total
+    learners = (student, teacher) if want_s and want_t else (student if want_s else teacher,)
+    return with_gradients("row_divergence", backend, total, grads, learners)
 
 
-@remembered
+class Plan(NamedTuple):
+    """What of a call does not depend on the values in its tensors."""
+
+    plain: bool  # no hyper-parameter is a tensor
+    stores: bool  # gradients may be made in the forward pass
+    scalars: torch.Tensor
+    options: tuple[Any, ...] | None  # of RowDivergence; None: the reference runs it
+
+
+_plans: dict[tuple[Any, ...], Plan] = {}
+
+
+def _plan_of(
+    student: torch.Tensor, teacher: torch.Tensor, operation: str, what: str, kind: int, inputs: int, dim: int,
+    ignore_index: int, *arguments: Any,
+) -> Plan:  # fmt: skip
+    """A plan, remembered: at small sizes checking and planning would take longer than computing."""
+    plain = type(student) in TENSORS and type(teacher) in TENSORS and type(dim) is type(ignore_index) is int
+    if not plain or not remembers(arguments):
+        return _plan(student, teacher, operation, what, kind, inputs, dim, ignore_index, *arguments)
+    signature = (
+        student.shape, student.dtype, student.device, student.layout, teacher.shape, teacher.dtype, teacher.device,
+        teacher.layout, backends.requested(), operation, what, kind, inputs, dim, ignore_index, arguments,
+    )  # fmt: skip
+    plan = _plans.get(signature)
+    if plan is None:
+        if len(_plans) == 4096:
+            _plans.clear()
+        plan = _plans[signature] = _plan(student, teacher, operation, what, kind, inputs, dim, ignore_index, *arguments)
+    return plan
+
+
 def _plan(
-    shape, dim, reduction, masked, kind, inputs, temperature, teacher_temperature, kd_weight, ce_weight, scale_by_t2,
-    label_smoothing, p0, p1, num_items, ignore_index, backend,
-) -> tuple[torch.Tensor, tuple[Any, ...]]:  # fmt: skip
-    """What of a call does not depend on its tensors: the scalars, and the options of RowDivergence."""
-    dim %= len(shape)
+    student, teacher, operation, what, kind, inputs, dim, ignore_index, temperature, teacher_temperature, kd_weight, ce_weight,
+    scale_by_t2, reduction, masked, label_smoothing, num_items, p0, p1, backend,
+) -> Plan:  # fmt: skip
+    dim = checks.scores(f"student_{what}", student, f"teacher_{what}", teacher, dim)
+    checks.number("temperature", temperature, low=0, open_low=True, learnable=True)
+    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, learnable=True, optional=True)
+    checks.items(num_items)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    checks.integer("ignore_index", ignore_index)
+    backend = backends.resolve(operation, (student, teacher), backend)
+    scalars, count = _terms(
+        student.shape, dim, reduction, masked, temperature, teacher_temperature, kd_weight, ce_weight, scale_by_t2,
+        label_smoothing, p0, p1, num_items,
+    )  # fmt: skip
+    options = (
+        kind, inputs, ce_weight is not None, count, ignore_index, dim, reduction == "none", scale_by_t2,
+        teacher_temperature is None, backend,
+    )  # fmt: skip
+    return Plan(
+        not any(isinstance(x, torch.Tensor) for x in (temperature, teacher_temperature, num_items)),
+        reduction != "none" and torch.float16 not in (student.dtype, teacher.dtype),
+        scalars,
+        None if backend == "reference" else options,
+    )
+
+
+def _terms(
+    shape, dim, reduction, masked, temperature, teacher_temperature, kd_weight, ce_weight, scale_by_t2, label_smoothing, p0, p1,
+    num_items,
+) -> tuple[torch.Tensor, int]:  # fmt: skip
+    """The kernels' scalars, and which divisors they must count."""
     kd_divisor, ce_divisor, count = _divisors(shape, dim, reduction, masked, ce_weight is not None, num_items)
     kd_factor = _value(kd_weight) / kd_divisor
     if scale_by_t2:
@@ -317,10 +381,11 @@ def _plan(
         p1,
         0.0,
     ))  # fmt: skip
-    return scalars, (
-        kind, inputs, ce_weight is not None, count, ignore_index, dim, reduction == "none", scale_by_t2,
-        teacher_temperature is None, backend,
-    )  # fmt: skip
+    return scalars, count
+
+
+def _per_row(losses: torch.Tensor, student: torch.Tensor, dim: int) -> torch.Tensor:
+    return losses.view(student.shape[:dim] + student.shape[dim + 1 :])
 
 
 def _value(x: Number) -> Number:

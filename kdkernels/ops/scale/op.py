@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from kdkernels import backends
-from kdkernels.ops.library import define
+from kdkernels.ops.library import define, first_order, graph_is_kept
 from kdkernels.ops.scalars import readable
 
 
@@ -47,3 +48,28 @@ def scaled(grads: Sequence[torch.Tensor], factor: torch.Tensor, backend: str, ke
     for g in grads:
         scale_(g, factor, backend)
     return grads
+
+
+class StoredGradients(torch.autograd.Function):
+    """Joins a loss to inputs whose gradients were made with it, for an upstream gradient of 1."""
+
+    @staticmethod
+    def forward(ctx: Any, operation: str, backend: str, loss: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        output = loss.detach()
+        ctx.about = operation, backend
+        ctx.save_for_backward(output, *tensors[: len(tensors) // 2])
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> Any:
+        operation, backend = ctx.about
+        output, *grads = ctx.saved_tensors
+        grads = scaled(grads, upstream, backend, keep=graph_is_kept())
+        return (None, None, None, *[None] * len(grads), *first_order(operation, output, tuple(grads)))
+
+
+def with_gradients(
+    operation: str, backend: str, loss: torch.Tensor, grads: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """The loss, through which `inputs` get `grads`: dense tensors, which this takes over."""
+    return StoredGradients.apply(operation, backend, loss, *grads, *inputs)
