@@ -36,18 +36,7 @@ def examples(n: int) -> settings:
 # ---- what is called, and how ----
 
 
-def _scores(shape: Any, g: torch.Generator) -> Inputs:
-    """Of two vocabularies."""
-    n, classes = shape
-    return {
-        "student_logits": torch.randn(n, classes, generator=g),
-        "teacher_logits": torch.randn(n, classes + 2, generator=g),
-    }
-
-
-# What the registry does not have, as no kernel is specific to it.
-OWN = (Case("uld", kdkernels.uld_loss, _scores, shapes=((3, 5), (1, 1))),)
-CASES = [*(c for s in specs() for c in s.cases), *OWN]
+CASES = [c for s in specs() for c in s.cases]
 PUBLIC = {m.__dict__["function"].__func__ for m in LossModule.__subclasses__() if m.__name__ in kdkernels.__all__}
 FUNCTIONS = sorted({c.function.__name__ for c in CASES} & {f.__name__ for f in PUBLIC})
 # Losses of plain PyTorch take no backend.
