@@ -86,11 +86,10 @@ struct TermTile {
   const float *s, *t;                   // scores
   Pair scale_s, scale_t, log_s, log_t;  // a = (s - ref_s) * scale_s - log_s
   float ref_s, ref_t;
-  float norm_s, norm_t;  // logits: what makes the exponentials in ps and pt probabilities
+  float norm_s, norm_t;  // what makes the exponentials probabilities
   float p0, p1;
-  const float *es, *et;  // exponentials
-  float *ps, *pt, *g_s,
-      *g_t;  // out: probabilities, which may lie over the exponentials, and derivatives
+  const float *es, *et;  // exponentials, of logits only
+  float *g_s, *g_t;      // out: derivatives
 };
 
 template <int kKind, int kInputs>
@@ -100,7 +99,7 @@ TermSums terms_block(const TermTile& x, int64_t begin, int64_t end) {
   const float ref_s = x.ref_s, ref_t = x.ref_t, norm_s = x.norm_s, norm_t = x.norm_t, p0 = x.p0,
               p1 = x.p1;
   const float *es = x.es, *et = x.et;
-  float *ps = x.ps, *pt = x.pt, *g_s = x.g_s, *g_t = x.g_t;
+  float *g_s = x.g_s, *g_t = x.g_t;
   const AlphaBeta constants = alpha_beta_constants(p0, p1);
   float f = 0.f, sum_s = 0.f, sum_t = 0.f;
 #pragma omp simd reduction(+ : f, sum_s, sum_t)
@@ -121,8 +120,6 @@ TermSums terms_block(const TermTile& x, int64_t begin, int64_t end) {
       }
     }
     const Terms v = tile_terms<kKind, kInputs>(a, b, p, q, p0, p1, constants);
-    ps[i] = p;
-    pt[i] = q;
     g_s[i] = v.g_s;
     g_t[i] = v.g_t;
     f += v.f;
@@ -151,10 +148,15 @@ TermSums terms_of(int kind, int inputs, const TermTile& x, int64_t n) {
   return dispatch_terms(kind, inputs, x, n, std::make_integer_sequence<int, kKinds>{});
 }
 
-// out = x * (g - p * sum)
-void project(const float* g, const float* p, int64_t n, float x, float sum, float* out) {
+// out = x * (g - e * share)
+void project(const float* g, const float* e, int64_t n, float x, float share, float* out) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = x * (g[i] - p[i] * sum);
+  for (int64_t i = 0; i < n; ++i) out[i] = x * (g[i] - e[i] * share);
+}
+
+void multiply(const float* g, int64_t n, float x, float* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = x * g[i];
 }
 
 float dot(const float* x, const float* g, int64_t n) {
@@ -366,7 +368,7 @@ class RowKernel {
     });
   }
 
-  // Sweep two: values and derivatives, with probabilities in the place of the exponentials.
+  // Sweep two: values and derivatives.
   void term_sums(float* stats) {
     double f = 0.0, g_s = 0.0, g_t = 0.0;
     const Pair log_s = split(job_.logits() ? student_.run.log_z() : 0.0);
@@ -388,8 +390,6 @@ class RowKernel {
                        job_.scalars[kP1],
                        student_.e + start,
                        teacher_.e + start,
-                       with_s ? student_.e + start : buffer_[2],
-                       with_t ? teacher_.e + start : buffer_[2],
                        with_s ? g_s_ + start : buffer_[2],
                        with_t ? g_t_ + start : buffer_[2]};
       const TermSums sums = terms_of(job_.kind, job_.inputs, x, padded(n));
@@ -403,21 +403,22 @@ class RowKernel {
   }
 
   void term_gradients(const float* stats) {
-    const float cs = static_cast<float>(kd_ * student_.scale),
-                ct = static_cast<float>(kd_ * teacher_.scale);
     for_tiles(job_.classes, [&](int64_t k, int64_t start, int64_t n) {
-      const int64_t m = padded(n);
-      if (student_.d || learn_temperature_) {
-        float* g = student_.gradient_tile(start, n, buffer_[2]);
-        project(g_s_ + start, student_.e + start, m, cs, stats[kGs], g);
-        finish(student_, k, start, n, g);
-      }
-      if (teacher_.d || learn_temperature_) {
-        float* g = teacher_.gradient_tile(start, n, buffer_[3]);
-        project(g_t_ + start, teacher_.e + start, m, ct, stats[kGt], g);
-        finish(teacher_, k, start, n, g);
-      }
+      term_gradient(student_, g_s_, stats[kGs], k, start, n);
+      term_gradient(teacher_, g_t_, stats[kGt], k, start, n);
     });
+  }
+  void term_gradient(Side& x, const float* derivatives, float sum, int64_t k, int64_t start,
+                     int64_t n) {
+    if (!x.d && !learn_temperature_) return;
+    float* g = x.gradient_tile(start, n, buffer_[2]);
+    const float scale = static_cast<float>(kd_ * x.scale);
+    if (job_.logits())
+      project(derivatives + start, x.e + start, padded(n), scale,
+              sum * x.run.to_probability(x.top[k]), g);
+    else
+      multiply(derivatives + start, padded(n), scale, g);
+    finish(x, k, start, n, g);
   }
 
   // The hard-label term's value.
