@@ -92,6 +92,51 @@ def eager_skew(
     return F.kl_div(mixture.log(), q, reduction="batchmean") * temperature**2
 
 
+def eager_symmetric(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0, ratio: float = 0.5, **_: Any
+) -> torch.Tensor:
+    forward = eager_kl(student_logits, teacher_logits, temperature)
+    return ratio * forward + (1 - ratio) * eager_kl(teacher_logits, student_logits, temperature)
+
+
+def eager_skew_reverse(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0, skew: float = 0.1, **_: Any
+) -> torch.Tensor:
+    return eager_skew(teacher_logits, student_logits, temperature, skew)
+
+
+def eager_alpha_beta(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0, alpha: float = 0.5,
+    beta: float = 0.5, **_: Any,
+) -> torch.Tensor:  # fmt: skip
+    """Powers of probabilities, as ABKD's formula reads; away from its limits."""
+    p, q = F.softmax(student_logits / temperature, dim=-1), F.softmax(teacher_logits / temperature, dim=-1)
+    both = alpha + beta
+    ends = (alpha * q**both + beta * p**both) / both
+    return ((ends - q**alpha * p**beta) / (alpha * beta)).sum(-1).mean() * temperature**2
+
+
+def eager_soft_cross_entropy(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0, **_: Any
+) -> torch.Tensor:
+    target = F.softmax(teacher_logits.flatten(0, -2) / temperature, dim=-1)
+    return F.cross_entropy(student_logits.flatten(0, -2) / temperature, target) * temperature**2
+
+
+def eager_lwf(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    temperature: float = 2.0,
+    uniform: float = 1e-5,
+    **_: Any,
+) -> torch.Tensor:
+    """As continual-learning code has it: softmax, a little uniform mass, normalised anew."""
+    p, q = F.softmax(student_logits / temperature, dim=-1), F.softmax(teacher_logits / temperature, dim=-1)
+    p = p + uniform / p.shape[-1]
+    p = p / p.sum(-1, keepdim=True)
+    return -(q * p.log()).sum(-1).mean()
+
+
 def eager_tv(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0, **_: Any
 ) -> torch.Tensor:
@@ -194,18 +239,22 @@ HEADS: tuple[Shape, ...] = ((1, 2, 3), (3, 5, 7), (2, 3, 100))
 
 DIVERGENCES = (
     _divergence("reverse_kl_div", divergences.reverse_kl_div, eager_reverse_kl, bench=IMAGENET, temperature=2.0),
-    _divergence("symmetric_kl_div", divergences.symmetric_kl_div, temperature=2.0, ratio=0.3),
+    _divergence("symmetric_kl_div", divergences.symmetric_kl_div, eager_symmetric, bench=IMAGENET, temperature=2.0, ratio=0.3),
     _divergence("js_div", divergences.js_div, eager_js, bench=LLM_JS, temperature=2.0),
-    _divergence("generalized_js_div", divergences.generalized_js_div, eager_js, temperature=1.0, beta=0.1),
+    _divergence("generalized_js_div", divergences.generalized_js_div, eager_js, bench=LLM_JS, temperature=1.0, beta=0.1),
     _divergence("generalized_js_div-labels", divergences.generalized_js_div, make=make_labelled, beta=0.9),
     _divergence("generalized_js_div-0", divergences.generalized_js_div, temperature=2.0, beta=0.0),
     _divergence("generalized_js_div-1", divergences.generalized_js_div, temperature=2.0, beta=1.0),
     _divergence("skew_kl_div", divergences.skew_kl_div, eager_skew, bench=IMAGENET, temperature=2.0),
-    _divergence("skew_reverse_kl_div", divergences.skew_reverse_kl_div, temperature=2.0),
+    _divergence("skew_reverse_kl_div", divergences.skew_reverse_kl_div, eager_skew_reverse, bench=IMAGENET, temperature=2.0),
     _divergence("total_variation", divergences.total_variation, eager_tv, bench=IMAGENET, temperature=2.0),
-    _divergence("alpha_beta_div", divergences.alpha_beta_div, temperature=2.0, alpha=0.4, beta=0.7),
+    _divergence(
+        "alpha_beta_div", divergences.alpha_beta_div, eager_alpha_beta, bench=IMAGENET, temperature=2.0, alpha=0.4, beta=0.7
+    ),
     _divergence("alpha_beta_div-limit", divergences.alpha_beta_div, temperature=2.0, alpha=1.0, beta=-1.0),
-    _divergence("soft_cross_entropy", divergences.soft_cross_entropy, temperature=2.0),
+    _divergence(
+        "soft_cross_entropy", divergences.soft_cross_entropy, eager_soft_cross_entropy, bench=IMAGENET, temperature=2.0
+    ),
     _divergence(
         "distillation_loss-js", logits.distillation_loss, make=make_labelled, divergence="js",
         divergence_options={"beta": 0.3}, temperature=2.0,
@@ -213,7 +262,7 @@ DIVERGENCES = (
     _divergence("distillation_loss-decoupled", logits.distillation_loss, make=make_labelled, divergence="decoupled_kl"),
     _divergence("decoupled_kd_loss", structured.decoupled_kd_loss, eager_decoupled, make_all_labelled, IMAGENET),
     _divergence("decoupled_kd_loss-masked", structured.decoupled_kd_loss, make=make_labelled, reduction="none"),
-    _divergence("lwf_loss", structured.lwf_loss),
+    _divergence("lwf_loss", structured.lwf_loss, eager_lwf, bench=IMAGENET),
     _divergence(
         "channel_wise_div", structured.channel_wise_div, eager_channel_wise, make_maps, {"ade20k": (2, 150, 64, 128)},
         MAPS, ("student_features", "teacher_features"),
