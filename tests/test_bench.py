@@ -151,6 +151,11 @@ def test_another_librarys_other_loss_is_refused(everywhere, monkeypatch):
     assert status["no-such-package"] == ("absent", "not installed")
 
 
+def test_every_peers_case_is_in_the_registry():
+    known = {case.name for _, case in select.cases()}
+    assert {name for peer in peers.PEERS for name in peer.cases} <= known
+
+
 def test_check_sees_a_wrong_kernel_on_its_backend_only(everywhere):
     spec = toy.spec(toy.wrong)
     found = list(accuracy.check(spec, spec.cases[0], (3, 5), (torch.float32, torch.bfloat16), spec.backends, CPU))
@@ -232,8 +237,18 @@ def test_readme_is_written_from_the_newest_files_and_checked(everywhere, tmp_pat
     assert "2026-03-04" in text
     assert "2026-01-02" not in text
     assert "| `toy` | 64 x 50 | float32 | cpu |" in text
+    assert "over eager" in text and "over torch.compile" not in text, "a column that no row has is left out"
     page.write_text("no markers")
     assert readme.main(arguments) == 2
+
+
+def test_the_table_names_every_commit_that_was_measured():
+    def file(commit):
+        about = {**environment.describe(CPU), "device": "Some CPU", "date": "2026-01-02", "commit": commit}
+        return {"environment": about}
+
+    said = readme.measured_on([file("b"), file("a"), file("b")])
+    assert said.startswith("Some CPU, 2026-01-02, torch") and said.endswith("commit a and b")
 
 
 def test_a_wrong_result_outweighs_an_older_right_one():

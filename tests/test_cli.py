@@ -81,6 +81,9 @@ def test_check_on_the_real_registry():
         (["check", "--case", "nonsense"], "no case matches"),
         (["bench", "--case", "nonsense"], "no case matches"),
         (["bench", "--format", "docx"], "unknown format 'docx'"),
+        (["bench", "--device", "cpu", "--backend", "nonsense"], "there is no backend of that name"),
+        (["bench", "--device", "cpu", "--backend", "cuda"], "these are on 'cpu'"),
+        (["bench", "--scaling", "--device", "cpu", "--backend", "reference"], "'reference' is not timed"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(capsys, arguments, message):

@@ -16,7 +16,6 @@ import kdkernels
 from kdkernels import hard_dark_rank_loss, rkd_angle_loss, rkd_distance_loss, rkd_loss
 from kdkernels.ops.triplet_angle.spec import make_clusters
 
-FAMILIES = ("triplet_angle", "pairwise_distance")
 FUSED = [t for t in TARGETS if t.fused]
 fused_here = pytest.mark.parametrize("fused", FUSED, ids=str)
 F64 = torch.float64

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-METHOD = {"cuda": "torch.cuda.max_memory_allocated", "cpu": "torch.profiler's memory events"}
-
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
     """The most memory that was allocated at once during the call beyond what was before, results included."""

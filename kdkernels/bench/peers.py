@@ -83,7 +83,7 @@ def liger_kl_div() -> Loss:
     return loss
 
 
-@peer("liger-kernel", ("jsd",), devices=("cuda",))
+@peer("liger-kernel", ("js_div",), devices=("cuda",))
 def liger_jsd() -> Loss:
     from liger_kernel.transformers import LigerJSD
 
@@ -130,7 +130,7 @@ def trl_kl_div() -> Loss:
     return loss
 
 
-@peer("trl", ("jsd",))
+@peer("trl", ("js_div",))
 def trl_jsd() -> Loss:
     jsd = _trl()
 

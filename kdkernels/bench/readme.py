@@ -112,8 +112,15 @@ def bench_rows(rows: list[dict[str, Any]]) -> list[list[str]]:
     return table
 
 
+def measured_on(contents: list[dict[str, Any]]) -> str:
+    """One line about files of one device, with all of their dates and commits."""
+    about = contents[-1]["environment"]
+    several = {key: sorted({c["environment"].get(key) or "unknown" for c in contents}) for key in ("date", "commit")}
+    return describe_environment({**about, **{key: " and ".join(values) for key, values in several.items()}})
+
+
 def bench_table(files: list[dict[str, Any]]) -> str:
-    """The newest results of every device."""
+    """The newest results of every device, without the columns that none of its rows has."""
     newest: dict[tuple[str, str], dict[str, Any]] = {}
     for content in files:
         for family in content.get("families", ()):
@@ -126,7 +133,9 @@ def bench_table(files: list[dict[str, Any]]) -> str:
             continue
         columns = ("loss", "shape", "dtype", "backend", "time", "over eager", "over torch.compile", "over the best peer",
                    "of the bandwidth floor", "extra memory (eager)")  # fmt: skip
-        parts.append(f"{describe_environment(contents[-1]['environment'])}:\n\n{markdown_table(columns, rows)}")
+        used = [i for i in range(len(columns)) if any(row[i] for row in rows)]
+        table = markdown_table([columns[i] for i in used], [[row[i] for i in used] for row in rows])
+        parts.append(f"{measured_on(contents)}:\n\n{table}")
     if not parts:
         return "No result file is committed yet.\n"
     return (

@@ -16,8 +16,6 @@ from kdkernels.bench.results import Record
 from kdkernels.bench.timing import Call, Rounds, Timer, WallTimer, floor_probe, interleave, throughput, timer_for
 from kdkernels.ops.registry import Case, Inputs, Shape, Spec
 
-BASELINES = ("eager", "compile", "floor")
-
 
 @dataclass(frozen=True)
 class Options:

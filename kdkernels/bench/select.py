@@ -6,6 +6,7 @@ import fnmatch
 
 import torch
 
+from kdkernels import backends
 from kdkernels.bench.inputs import DTYPES
 from kdkernels.cli.console import UsageError
 from kdkernels.ops.registry import Case, Spec, specs
@@ -33,6 +34,23 @@ def device(name: str) -> torch.device:
         why = str(error).splitlines()[0].rstrip(".")
         raise UsageError(f"device {name!r} cannot be used ({why}); `kdkernels info` says what is here") from None
     return found
+
+
+def backend(name: str | None, device: torch.device) -> str | None:
+    """One backend to time, or None for all that run on the device.
+
+    Raises:
+        UsageError: it does not exist, cannot run there, or is what the others are timed against.
+    """
+    if name in (None, "auto"):
+        return None
+    if name == "reference":
+        raise UsageError(
+            "backend 'reference' is not timed: it is written to be right, and plain PyTorch is in every row"
+        )
+    if reason := backends.unavailable(name, device.type):
+        raise UsageError(f"backend {name!r} cannot be timed: {reason}")
+    return name
 
 
 def cases(family: str | None = None, pattern: str = "*") -> list[tuple[Spec, Case]]:

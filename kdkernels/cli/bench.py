@@ -11,8 +11,6 @@ import torch
 
 from kdkernels.cli import console
 
-SUMMARY = "time every loss"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--family", help="only this kernel family, e.g. row_divergence")
@@ -65,6 +63,7 @@ def _scaling(args: argparse.Namespace) -> int:
     device = select.device(args.device) if args.device else select.default_device()
     if args.threads:
         torch.set_num_threads(args.threads)
+    backend = select.backend(args.backend, device)
     names = args.scaling.split(",") if args.scaling else scaling.CASES
     chosen = [found for name in names for found in select.cases(None, name)]
     if not chosen:
@@ -75,7 +74,7 @@ def _scaling(args: argparse.Namespace) -> int:
     environment = describe(device)
     records = []
     with console.progress(2 * len(chosen) * len(scaling.sizes(args.largest))) as report:
-        for record in scaling.run(chosen, device, args.backend, args.largest, report.step):
+        for record in scaling.run(chosen, device, backend, args.largest, report.step):
             records.append(record)
             report.advance()
     console.print_table(
@@ -112,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
     device = wanted(args.device) if args.device else select.default_device()
     if args.threads:
         torch.set_num_threads(args.threads)
+    backend = None if args.list else select.backend(args.backend, device)
     labels = args.shape.split(",") if args.shape else None
     rows = runner.plan(
         select.cases(args.family, args.case),
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(map(str, rows)))
         return 0
     options = runner.Options(
-        seconds=min(args.seconds, 0.4) if args.quick else args.seconds, backend=args.backend,
+        seconds=min(args.seconds, 0.4) if args.quick else args.seconds, backend=backend,
         compile=not (args.no_compile or args.quick), peers=not args.no_peers, forward_only=args.forward_only,
     )  # fmt: skip
     environment = describe(device)

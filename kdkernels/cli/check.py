@@ -14,8 +14,6 @@ from kdkernels.bench.accuracy import Result
 from kdkernels.bench.environment import describe, write_json
 from kdkernels.cli import console
 
-SUMMARY = "compare every kernel on this machine with float64"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", help="only this one, and fail where it is not available")

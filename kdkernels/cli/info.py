@@ -17,7 +17,6 @@ from kdkernels import backends, native
 from kdkernels.bench.environment import cores, cpu_name, version
 from kdkernels.cli import console
 
-SUMMARY = "what is installed and what runs here"
 VARIABLES = (
     "KDKERNELS_BACKEND", "KDKERNELS_DEBUG", "KDKERNELS_CUDA", "KDKERNELS_NATIVE", "TRITON_INTERPRET", "TRITON_CACHE_DIR",
     "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CXX", "NVCC",

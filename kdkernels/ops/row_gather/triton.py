@@ -14,7 +14,6 @@ from kdkernels.ops.triton_util import cast
 
 TILE = 4096  # classes a program holds at a time
 GATHERED = 64  # indices that it takes at a time
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
