@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,8 +15,10 @@ import torch.nn.functional as F
 
 import kdkernels
 from kdkernels import backends, native
+from kdkernels.cli.console import print_table
 from kdkernels.demo import data, models
-from kdkernels.demo.train import Loss, Run, accuracy, train
+from kdkernels.demo.report import gains, mean, of_students, speed
+from kdkernels.demo.train import Loss, Run, Settings, accuracy, train, wait
 
 if TYPE_CHECKING:
     from kdkernels.cli.console import Reporter
@@ -28,15 +32,12 @@ ALONE, PLAIN, FUSED = "labels alone", "CE + KD, plain PyTorch", "CE + KD, kdkern
 
 
 @dataclass(frozen=True)
-class Config:
-    seed: int = 0
+class Config(Settings):
     epochs: int = 100
     students: int = 10
     teacher_epochs: int = 12
     temperature: float = 4.0
     alpha: float = 0.9
-    backend: str = "auto"
-    device: str | None = None
     large: bool = True
 
     @property
@@ -44,12 +45,11 @@ class Config:
         """Steps of all models, for a progress bar."""
         student = self.epochs * -(-IMAGES_PER_CLASS * data.CLASSES // BATCH)
         large = 2 * (LARGE_REPEATS + 1) if self.large else 0
-        return self.teacher_epochs * -(-TEACHER_IMAGES // TEACHER_BATCH) + 3 * self.students * student + large
+        return self.teacher_steps + 3 * self.students * student + large
 
-    def torch_device(self) -> torch.device:
-        if self.device is not None:
-            return torch.device(self.device)
-        return torch.device("cuda" if torch.cuda.is_available() and self.backend != "cpu" else "cpu")
+    @property
+    def teacher_steps(self) -> int:
+        return self.teacher_epochs * -(-TEACHER_IMAGES // TEACHER_BATCH)
 
 
 @dataclass
@@ -173,7 +173,7 @@ def _train(config: Config, bar: Reporter, device: torch.device, backend: str) ->
     }
     for k in range(config.students):
         bar.step(f"student {k + 1} of {config.students}")
-        seed = 1000 * (config.seed + 1) + k
+        seed = config.student_seed(k)
         order = torch.Generator().manual_seed(seed)
         seen = data.few_of_each(digits.labels.cpu(), IMAGES_PER_CLASS, order).to(device)
         runs = []
@@ -197,13 +197,93 @@ def _time_large(losses: tuple[Loss, Loss], device: torch.device, bar: Reporter) 
     for _ in range(LARGE_REPEATS + 1):
         for loss, mine in zip(losses, seconds, strict=True):
             leaf = student.detach().requires_grad_()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            wait(leaf)
             start = time.perf_counter()
             loss(leaf, teacher, labels).backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            wait(leaf)
             mine.append(time.perf_counter() - start)
             bar.advance()
     one, other = (sorted(s[1:])[LARGE_REPEATS // 2] for s in seconds)  # the first is for warming up
     return one, other
+
+
+def show(outcome: Outcome) -> None:
+    """Accuracy of everybody; then the two losses against each other."""
+    config, runs = outcome.config, outcome.runs
+    many, few, held_out = outcome.images
+    rows = [("teacher", f"{outcome.teacher_parameters}", f"{many}", f"{outcome.teacher_accuracy:.1f}", "")]
+    final = {name: [run.accuracy[-1] for run in group] for name, group in runs.items()}
+    for name, found in final.items():
+        gain = "" if name == ALONE else mean(gains(found, final[ALONE]), "+")
+        rows.append((f"student, {name}", f"{outcome.student_parameters}", f"{few}", mean(found), gain))
+    print_table(
+        f"Handwritten digits: accuracy in percent on {held_out} held-out images, {of_students(config.students)}",
+        ("model", "parameters", "images seen", "accuracy", "gain over labels alone"),
+        rows,
+    )
+
+    threads = f", {torch.get_num_threads()} threads" if outcome.device.type == "cpu" else ""
+    one, other = ([s for run in runs[way] for s in run.seconds] for way in (PLAIN, FUSED))
+    speeds = [
+        speed(
+            f"a training step, {BATCH} x {data.CLASSES} (median of {len(one)})",
+            statistics.median(one),
+            statistics.median(other),
+        ),
+    ]
+    if outcome.large is not None:
+        speeds.append(speed(f"a language model's size, {LARGE[0]} x {LARGE[1]}{threads}", *outcome.large))
+    print_table(
+        f"Time in the loss, with its gradient down to the logits, on {outcome.device}"
+        + (threads and " (training has 1 thread)"),
+        ("what", "plain PyTorch", "kdkernels", "ratio"),
+        speeds,
+    )
+    difference, relative = outcome.difference()
+    print(f"Largest difference between the two loss curves: {difference:.1e} ({relative:.1e} of the loss there)")
+    print(f"Backend: {outcome.backend}")
+    print(
+        f"\nThe teacher saw {many} labelled images and a student only {few} of them, which is why a teacher helps; with all"
+        "\nof the labels there is little left to gain. The three ways share initial weights, images and batch order."
+        "\nAt ten classes a call costs what its launches cost; the time of the arithmetic shows at a vocabulary's size."
+        f"\nTimes vary; every other number comes again with --seed {config.seed}."
+    )
+
+
+def plot(outcome: Outcome, path: Path) -> None:
+    """Accuracy by epoch, the two loss curves of the first student, and how far they are apart."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    colours = {ALONE: "tab:gray", PLAIN: "tab:blue", FUSED: "tab:orange"}
+    for name, group in outcome.runs.items():
+        by_epoch = list(zip(*(run.accuracy for run in group), strict=True))
+        epochs = range(1, len(by_epoch) + 1)
+        left.plot(
+            epochs, [statistics.mean(x) for x in by_epoch], "--" if name == FUSED else "-", c=colours[name], label=name
+        )
+        if name != FUSED:  # it would lie on PLAIN's
+            left.fill_between(
+                epochs, list(map(min, by_epoch)), list(map(max, by_epoch)), color=colours[name], alpha=0.15, lw=0
+            )
+    left.axhline(outcome.teacher_accuracy, c="black", lw=1, ls=":", label="teacher")
+    left.set(xlabel="epoch", ylabel="held-out accuracy, %", title="Accuracy (mean, lowest and highest student)")
+    left.set_ylim(
+        bottom=max(0.0, min(min(r.accuracy[len(r.accuracy) // 10 :]) for g in outcome.runs.values() for r in g) - 2)
+    )
+
+    for name, style in ((PLAIN, "-"), (FUSED, "--")):
+        middle.plot(outcome.runs[name][0].losses, style, c=colours[name], label=name)
+    middle.set(xlabel="step", ylabel="loss", title="Loss of the first student", yscale="log")
+
+    for k, (one, other) in enumerate(zip(outcome.runs[PLAIN], outcome.runs[FUSED], strict=True)):
+        gaps = [abs(x - y) for x, y in zip(one.losses, other.losses, strict=True)]
+        right.plot(range(len(gaps)), gaps, ".", ms=3, label=f"student {k + 1}")
+    right.set(xlabel="step", ylabel="absolute difference", title="Difference of the two curves")
+    right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    for axes in (left, middle, right):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8, ncols=1 + (axes is right))
+    figure.savefig(path, dpi=120)

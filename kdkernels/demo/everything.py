@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ from kdkernels import backends
 from kdkernels.cli.console import print_table
 from kdkernels.demo import classification, data, language, models
 from kdkernels.demo.relations import BATCH, RELATIONS, UNLABELLED, Relation, enrolled
-from kdkernels.demo.report import mean
+from kdkernels.demo.report import Comparison, of_students
 from kdkernels.demo.schemes import OF_TEXT, Class
 from kdkernels.demo.schemes import Config as SchemeConfig
 from kdkernels.demo.train import train
@@ -81,24 +81,7 @@ class Config(classification.Config):
     def steps(self) -> int:
         text = self.of_text()
         of_text = text.teacher_steps + self.students * (text.start_steps + (1 + len(OF_TEXT)) * text.more_steps)
-        teacher = self.teacher_epochs * -(-classification.TEACHER_IMAGES // classification.TEACHER_BATCH)
-        return teacher + self.students * (1 + len(LOSSES) + 2 * len(WAYS)) + of_text
-
-
-@dataclass
-class Row:
-    """A loss's or a scheme's students, without and with it; nothing where there was no time for it."""
-
-    kind: str
-    name: str
-    other: str
-    alone: list[float] = field(default_factory=list)
-    found: list[float] = field(default_factory=list)
-
-    @property
-    def gains(self) -> list[float]:
-        sign = -1 if self.kind == "text" else 1
-        return [sign * (x - y) for x, y in zip(self.found, self.alone, strict=True)]
+        return self.teacher_steps + self.students * (1 + len(LOSSES) + len(WAYS)) + of_text
 
 
 @dataclass
@@ -106,7 +89,7 @@ class Outcome:
     config: Config
     backend: str
     teachers: tuple[float, float]  # accuracy of digits, perplexity of text
-    rows: list[Row]
+    rows: list[Comparison]
 
 
 def loss_of(name: str, options: dict[str, Any], queue: torch.Tensor, backend: str) -> Callable[..., torch.Tensor]:
@@ -145,7 +128,7 @@ def run(config: Config, bar: Reporter) -> Outcome:
     return Outcome(config, classification.described(backend), (pupils.test(pupils.teacher), teacher), [*rows, *of_text])
 
 
-def _losses(config: Config, pupils: Class, bar: Reporter, until: float) -> Iterator[Row]:
+def _losses(config: Config, pupils: Class, bar: Reporter, until: float) -> Iterator[Comparison]:
     digits = pupils.digits
     test = digits.test_images, digits.test_labels
     nothing = torch.zeros(len(digits.labels), 1, device=pupils.device)
@@ -158,7 +141,7 @@ def _losses(config: Config, pupils: Class, bar: Reporter, until: float) -> Itera
     def trained(loss: Callable[..., torch.Tensor] | None, relation: Relation) -> list[float]:
         found = []
         for k in range(config.students):
-            seed = 1000 * (config.seed + 1) + k
+            seed = config.student_seed(k)
             order = torch.Generator().manual_seed(seed)
             seen = data.few_of_each(digits.labels.cpu(), classification.IMAGES_PER_CLASS, order).to(pupils.device)
             pupil = enrolled(relation.function, loss, relation, digits, targets[relation.place], seed)
@@ -171,17 +154,17 @@ def _losses(config: Config, pupils: Class, bar: Reporter, until: float) -> Itera
     bar.step("labels alone")
     alone = trained(None, Relation("labels alone", "scores", 0.0))
     for name, (relation, options) in LOSSES.items():
-        row = Row("loss", f"{name}, {relation.place}", "labels alone")
+        row = Comparison("loss", f"{name}, {relation.place}", "labels alone")
         if time.monotonic() < until:
             bar.step(name)
             row.alone, row.found = alone, trained(loss_of(name, options, queue, config.backend), relation)
         yield row
 
 
-def _schemes(config: Config, pupils: Class, bar: Reporter, until: float) -> Iterator[Row]:
+def _schemes(config: Config, pupils: Class, bar: Reporter, until: float) -> Iterator[Comparison]:
     known: dict[Any, list[float]] = {}
     for name, way in WAYS.items():
-        row = Row("scheme", name, way.other)
+        row = Comparison("scheme", name, way.other)
         if time.monotonic() < until:
             bar.step(name)
             compared = (way.make, way.without)
@@ -191,18 +174,17 @@ def _schemes(config: Config, pupils: Class, bar: Reporter, until: float) -> Iter
             for k in range(config.students):
                 row.found.append(pupils.test(way.train(pupils.problem(k)), way.test))
                 bar.advance()
-                bar.advance()
         yield row
 
 
-def _text(config: Config, bar: Reporter, until: float) -> tuple[float, list[Row]]:
-    rows = {way: Row("text", scheme, "its text alone") for scheme, way in OF_TEXT.items()}
+def _text(config: Config, bar: Reporter, until: float) -> tuple[float, list[Comparison]]:
+    rows = {way: Comparison("text", scheme, "its text alone") for scheme, way in OF_TEXT.items()}
     if time.monotonic() >= until:
         return float("nan"), list(rows.values())
     lesson = language.Lesson(config.of_text(), bar)
     for k in range(config.students):
         bar.step("text")
-        first = lesson.begun(1000 * (config.seed + 1) + k)
+        first = lesson.begun(config.student_seed(k))
         written = lesson.written()
         alone = lesson.further(first, language.ALONE, written)
         for way, row in rows.items():
@@ -213,18 +195,11 @@ def _text(config: Config, bar: Reporter, until: float) -> tuple[float, list[Row]
 
 def show(outcome: Outcome) -> None:
     """One table; the gains as they are."""
-    config, rows = outcome.config, []
-    for row in outcome.rows:
-        digits = 2 if row.kind == "text" else 1
-        cells: tuple[str, ...] = ("", "no time left", "")
-        if row.found:
-            cells = mean(row.alone, digits=digits), mean(row.found, digits=digits), mean(row.gains, "+", digits)
-        rows.append((row.kind, row.name, row.other, *cells))
-    spread = f"mean ± standard deviation of {config.students} students" if config.students > 1 else "one student"
+    config = outcome.config
     print_table(
-        f"Held-out accuracy in percent on digits, perplexity (lower is better) on text; {spread}",
+        f"Held-out accuracy in percent on digits, perplexity (lower is better) on text; {of_students(config.students)}",
         ("kind", "what", "compared with", "without", "with", "gain"),
-        rows,
+        [(row.kind, row.name, row.other, *row.cells()) for row in outcome.rows],
     )
     print(f"Teachers: {outcome.teachers[0]:.1f} percent; perplexity {outcome.teachers[1]:.2f}")
     print(f"Backend: {outcome.backend}")

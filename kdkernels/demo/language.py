@@ -21,6 +21,7 @@ import kdkernels
 from kdkernels.cli.console import print_table
 from kdkernels.demo import models
 from kdkernels.demo.classification import described, one_thread
+from kdkernels.demo.train import Settings
 from kdkernels.schemes import TeacherSequences
 
 if TYPE_CHECKING:
@@ -32,25 +33,17 @@ ALONE, SEQUENCES, ON_POLICY = "its text alone", "the teacher's text too", "the t
 
 
 @dataclass(frozen=True)
-class Config:
-    seed: int = 0
+class Config(Settings):
     teacher_steps: int = 400
     start_steps: int = 200
     more_steps: int = 150
     writes: int = 128  # sequences of the teacher
     beta: float = 0.5
-    backend: str = "auto"
-    device: str | None = None
 
     @property
     def steps(self) -> int:
         """Steps of all models, for a progress bar."""
         return self.teacher_steps + self.start_steps + 3 * self.more_steps
-
-    def torch_device(self) -> torch.device:
-        if self.device is not None:
-            return torch.device(self.device)
-        return torch.device("cuda" if torch.cuda.is_available() and self.backend != "cpu" else "cpu")
 
 
 @dataclass

@@ -20,14 +20,13 @@ import kdkernels
 from kdkernels import backends
 from kdkernels.cli.console import print_table
 from kdkernels.demo import classification, data, models
-from kdkernels.demo.report import mean, speed
+from kdkernels.demo.report import gains, mean, of_students, speed
 from kdkernels.demo.train import Run, accuracy, train, wait
 from kdkernels.ops.registry import specs
 
 if TYPE_CHECKING:
     from kdkernels.cli.console import Reporter
 
-IMAGES_PER_CLASS = classification.IMAGES_PER_CLASS
 BATCH, UNLABELLED, NEIGHBOURS = 50, 64, 5
 ALONE, PLAIN, FUSED = "labels alone", "plain PyTorch", "kdkernels"
 FeatureLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (student's features, teacher's) -> a scalar
@@ -61,13 +60,12 @@ FEATURES = ("at", "channel-at", "hint", "pkd")
 class Config(classification.Config):
     loss: str = "rkd"
     weight: float | None = None
+    large: bool = False
 
     @property
     def relation(self) -> Relation:
         relation = RELATIONS[self.loss]
         return relation if self.weight is None else relation._replace(weight=self.weight)
-
-    large: bool = False
 
 
 @dataclass
@@ -161,7 +159,7 @@ def run(config: Config, bar: Reporter) -> Outcome:
         outcome = Outcome(
             config, device, classification.described(backend), accuracy(teacher, *test),
             neighbours_accuracy(embedded[0], digits.labels, embedded[1], digits.test_labels),
-            (len(digits.labels), IMAGES_PER_CLASS * data.CLASSES, len(digits.test_labels)),
+            (len(digits.labels), classification.IMAGES_PER_CLASS * data.CLASSES, len(digits.test_labels)),
         )  # fmt: skip
         ways = ways_of(config.loss, config.backend)
         for k in range(config.students):
@@ -187,9 +185,9 @@ def _train_student(
     ways: dict[str, FeatureLoss | None], k: int, bar: Reporter,
 ) -> None:  # fmt: skip
     device = outcome.device
-    seed = 1000 * (config.seed + 1) + k
+    seed = config.student_seed(k)
     order = torch.Generator().manual_seed(seed)
-    seen = data.few_of_each(digits.labels.cpu(), IMAGES_PER_CLASS, order).to(device)
+    seen = data.few_of_each(digits.labels.cpu(), classification.IMAGES_PER_CLASS, order).to(device)
     pupils = [enrolled(name, loss, config.relation, digits, targets, seed) for name, loss in ways.items()]
     for pupil in pupils:
         outcome.runs.setdefault(pupil.name, []).append(pupil)
@@ -214,13 +212,11 @@ def show(outcome: Outcome) -> None:
     for name in outcome.runs:
         cells = []
         for group in (final, outcome.neighbours):
-            gains = [x - y for x, y in zip(group[name], group[ALONE], strict=True)]
-            cells += [mean(group[name]), "" if name == ALONE else mean(gains, "+")]
+            cells += [mean(group[name]), "" if name == ALONE else mean(gains(group[name], group[ALONE]), "+")]
         label = name if name == ALONE else f"labels + {relation.function}, {name}"
         rows.append((f"student, {label}", *cells))
-    students = f"mean ± standard deviation of {config.students} students" if config.students > 1 else "one student"
     print_table(
-        f"Handwritten digits: accuracy in percent on {held_out} held-out images, {students}",
+        f"Handwritten digits: accuracy in percent on {held_out} held-out images, {of_students(config.students)}",
         ("model", "classifier", "gain", f"{NEIGHBOURS} nearest neighbours", "gain"),
         rows,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,9 +12,9 @@ from torch import nn
 from kdkernels import backends
 from kdkernels.cli.console import print_table
 from kdkernels.demo import classification, data, language
-from kdkernels.demo.report import mean
+from kdkernels.demo.report import Comparison, of_students
 from kdkernels.demo.train import accuracy
-from kdkernels.demo.ways import WAYS, Problem, Way
+from kdkernels.demo.ways import WAYS, Problem
 
 if TYPE_CHECKING:
     from kdkernels.cli.console import Reporter
@@ -35,10 +35,6 @@ class Config(classification.Config):
             return text.teacher_steps + self.students * (text.start_steps + 2 * text.more_steps)
         return self.teacher_steps + 2 * self.students
 
-    @property
-    def teacher_steps(self) -> int:
-        return self.teacher_epochs * -(-classification.TEACHER_IMAGES // classification.TEACHER_BATCH)
-
     def text(self) -> language.Config:
         """The language model's task in proportion."""
         whole = language.Config()
@@ -53,19 +49,12 @@ class Config(classification.Config):
 
 @dataclass
 class Outcome:
-    """Of every student both ways: held-out accuracy in percent, or perplexity; the teacher's, and what ran the losses."""
+    """What ran the losses, and held-out accuracy in percent, or perplexity: the teacher's, and every student's both ways."""
 
     config: Config
     backend: str
     teacher: float
-    alone: list[float] = field(default_factory=list)
-    with_scheme: list[float] = field(default_factory=list)
-
-    @property
-    def gains(self) -> list[float]:
-        """What is better: a higher accuracy, or a lower perplexity."""
-        sign = -1 if self.config.scheme in OF_TEXT else 1
-        return [sign * (x - y) for x, y in zip(self.with_scheme, self.alone, strict=True)]
+    students: Comparison
 
 
 class Class:
@@ -81,21 +70,13 @@ class Class:
 
     def problem(self, k: int) -> Problem:
         """The k-th student's."""
-        seed = 1000 * (self.config.seed + 1) + k
+        seed = self.config.student_seed(k)
         labels = self.digits.labels
         seen = data.few_of_each(labels.cpu(), classification.IMAGES_PER_CLASS, torch.Generator().manual_seed(seed))
         seen = seen.to(self.device)
         return Problem(
             self.config, seed, self.device, self.digits.images[seen], labels[seen], self.digits.images, self.teacher
         )
-
-    def compared(self, way: Way, k: int, bar: Reporter) -> tuple[float, float]:
-        """The k-th student without the scheme and with it."""
-        found = []
-        for train in (way.alone, way.train):
-            found.append(self.test(train(self.problem(k)), way.test))
-            bar.advance()
-        return found[0], found[1]
 
 
 def run(config: Config, bar: Reporter) -> Outcome:
@@ -106,50 +87,46 @@ def run(config: Config, bar: Reporter) -> Outcome:
     backend = backends.resolve("distillation_loss", (torch.empty(0, device=device),), config.backend)
     with torch.backends.cudnn.flags(deterministic=True, benchmark=False), classification.one_thread():
         pupils = Class(config, bar)
-        outcome = Outcome(config, classification.described(backend), pupils.test(pupils.teacher))
+        way = WAYS[config.scheme]
+        students = Comparison("scheme", config.scheme, way.other)
         for k in range(config.students):
             bar.step(f"student {k + 1} of {config.students}")
-            alone, with_scheme = pupils.compared(WAYS[config.scheme], k, bar)
-            outcome.alone.append(alone)
-            outcome.with_scheme.append(with_scheme)
-    return outcome
+            for train, found in ((way.alone, students.alone), (way.train, students.found)):
+                found.append(pupils.test(train(pupils.problem(k)), way.test))
+                bar.advance()
+        return Outcome(config, classification.described(backend), pupils.test(pupils.teacher), students)
 
 
 def _run_text(config: Config, bar: Reporter) -> Outcome:
     with classification.one_thread():
         lesson = language.Lesson(config.text(), bar)
-        outcome = Outcome(config, classification.described(lesson.backend), lesson.perplexity(lesson.teacher))
+        students = Comparison("text", config.scheme, "its text alone")
         for k in range(config.students):
             bar.step(f"student {k + 1} of {config.students}")
-            first = lesson.begun(1000 * (config.seed + 1) + k)
+            first = lesson.begun(config.student_seed(k))
             written = lesson.written()
-            for way, found in ((language.ALONE, outcome.alone), (OF_TEXT[config.scheme], outcome.with_scheme)):
+            for way, found in ((language.ALONE, students.alone), (OF_TEXT[config.scheme], students.found)):
                 found.append(lesson.further(first, way, written))
-    return outcome
+        backend = classification.described(lesson.backend)
+        return Outcome(config, backend, lesson.perplexity(lesson.teacher), students)
 
 
 def show(outcome: Outcome) -> None:
     """What was measured without and with, and the gain student by student, whatever it is."""
-    config = outcome.config
-    of_text = config.scheme in OF_TEXT
-    other = "its text alone" if of_text else WAYS[config.scheme].other
-    digits = 2 if of_text else 1
-    spread = f"mean ± standard deviation of {config.students} students" if config.students > 1 else "one student"
+    config, students = outcome.config, outcome.students
+    of_text = students.kind == "text"
+    without, with_scheme, gain = students.cells()
     title = (
         "Python's reference manual by characters: held-out perplexity, lower is better" if of_text
         else "Handwritten digits: held-out accuracy in percent"
     )  # fmt: skip
     print_table(
-        f"{title}, {spread}",
+        f"{title}, {of_students(config.students)}",
         ("model", "perplexity" if of_text else "accuracy", "gain"),
         [
-            ("teacher with all " + ("text" if of_text else "labels"), f"{outcome.teacher:.{digits}f}", ""),
-            (f"student, {other}", mean(outcome.alone, digits=digits), ""),
-            (
-                f"student, {config.scheme}",
-                mean(outcome.with_scheme, digits=digits),
-                mean(outcome.gains, "+", digits=digits),
-            ),
+            ("teacher with all " + ("text" if of_text else "labels"), f"{outcome.teacher:.{students.digits}f}", ""),
+            (f"student, {students.other}", without, ""),
+            (f"student, {students.name}", with_scheme, gain),
         ],
     )
     print(f"Backend: {outcome.backend}")

@@ -22,7 +22,7 @@ import kdkernels
 from kdkernels import backends
 from kdkernels.cli.console import print_table
 from kdkernels.demo import classification, data, models
-from kdkernels.demo.report import mean, speed
+from kdkernels.demo.report import gains, mean, of_students, speed
 from kdkernels.demo.train import wait
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 CLASSES = data.CLASSES + 1  # and the background
 INK = 0.3
-IMAGES_PER_CLASS, BATCH, UNLABELLED, TEACHER_BATCH = 10, 20, 64, 64
+BATCH, UNLABELLED = 20, 64
 LOGIT_WEIGHT = {"pixel-wise": 1.0, "channel-wise (CWD)": 0.3}
 TEMPERATURE = {"pixel-wise": 1.0, "channel-wise (CWD)": 4.0}
 ALONE = "labels alone"
@@ -43,9 +43,8 @@ class Config(classification.Config):
 
     @property
     def steps(self) -> int:
-        student = self.epochs * -(-IMAGES_PER_CLASS * data.CLASSES // BATCH)
-        teacher = self.teacher_epochs * -(-classification.TEACHER_IMAGES // TEACHER_BATCH)
-        return teacher + (1 + 2 * len(LOGIT_WEIGHT)) * self.students * student
+        student = self.epochs * -(-classification.IMAGES_PER_CLASS * data.CLASSES // BATCH)
+        return self.teacher_steps + (1 + 2 * len(LOGIT_WEIGHT)) * self.students * student
 
 
 @dataclass
@@ -146,7 +145,7 @@ def run(config: Config, bar: Reporter) -> Outcome:
         model = models.seeded(teacher, config.seed, device)
         optimizer = torch.optim.Adam(model.parameters(), 2e-3)
         order = torch.Generator().manual_seed(config.seed)
-        for _, chosen in data.batches(len(pixels), TEACHER_BATCH, config.teacher_epochs, order):
+        for _, chosen in data.batches(len(pixels), classification.TEACHER_BATCH, config.teacher_epochs, order):
             loss = F.cross_entropy(model(digits.images[chosen.to(device)]), pixels[chosen.to(device)])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -156,7 +155,7 @@ def run(config: Config, bar: Reporter) -> Outcome:
             targets = model(digits.images)
         outcome = Outcome(
             config, device, classification.described(backend), mean_iou(model, *test),
-            (len(pixels), IMAGES_PER_CLASS * data.CLASSES, len(test[1])),
+            (len(pixels), classification.IMAGES_PER_CLASS * data.CLASSES, len(test[1])),
         )  # fmt: skip
         for k in range(config.students):
             bar.step(f"student {k + 1} of {config.students}")
@@ -172,9 +171,9 @@ def _train_student(
     config: Config, images: torch.Tensor, pixels: torch.Tensor, targets: torch.Tensor, distil: MapLoss | None,
     weight: float, k: int, test: tuple[torch.Tensor, torch.Tensor], bar: Reporter,
 ) -> Pupil:  # fmt: skip
-    device, seed, pupil = images.device, 1000 * (config.seed + 1) + k, Pupil()
+    device, seed, pupil = images.device, config.student_seed(k), Pupil()
     order, draw = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
-    seen = data.few_of_each(pixels.flatten(1).amax(1).cpu() - 1, IMAGES_PER_CLASS, order).to(device)
+    seen = data.few_of_each(pixels.flatten(1).amax(1).cpu() - 1, classification.IMAGES_PER_CLASS, order).to(device)
     model = models.seeded(student, seed, device)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _, chosen in data.batches(len(seen), BATCH, config.epochs, order):
@@ -210,12 +209,10 @@ def show(outcome: Outcome) -> None:
     rows = [("teacher", f"{outcome.teacher_iou:.1f}", "")]
     for way, pupils in outcome.pupils.items():
         found = [p.iou for p in pupils]
-        gains = [x - y for x, y in zip(found, alone, strict=True)]
         label = way if way == ALONE else f"labels + {way}"
-        rows.append((f"student, {label}", mean(found), "" if way == ALONE else mean(gains, "+")))
-    students = f"mean ± standard deviation of {config.students} students" if config.students > 1 else "one student"
+        rows.append((f"student, {label}", mean(found), "" if way == ALONE else mean(gains(found, alone), "+")))
     print_table(
-        f"Strokes of handwritten digits: mean IoU in percent on {held_out} held-out images, {students}",
+        f"Strokes of handwritten digits: mean IoU in percent on {held_out} held-out images, {of_students(config.students)}",
         ("model", "mean IoU", "gain over labels alone"),
         rows,
     )

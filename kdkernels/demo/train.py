@@ -1,4 +1,4 @@
-"""Training: several models side by side on the same batches, and the time that each one's loss takes."""
+"""What every experiment is told, and training: several models side by side, and the time that each one's loss takes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,30 @@ from torch import nn
 
 # (model's logits, the teacher's, labels) -> a scalar
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every experiment is told.
+
+    Attributes:
+        seed: the same seed, the same numbers.
+        backend: of kdkernels' losses.
+        device: torch's name of one; None takes a GPU where there is one and the backend runs on it.
+    """
+
+    seed: int = 0
+    backend: str = "auto"
+    device: str | None = None
+
+    def torch_device(self) -> torch.device:
+        if self.device is not None:
+            return torch.device(self.device)
+        return torch.device("cuda" if torch.cuda.is_available() and self.backend != "cpu" else "cpu")
+
+    def student_seed(self, k: int) -> int:
+        """Of the k-th student's first weights, images and batch order."""
+        return 1000 * (self.seed + 1) + k
 
 
 @dataclass
