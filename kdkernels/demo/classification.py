@@ -245,7 +245,7 @@ def show(outcome: Outcome) -> None:
     print(
         f"\nThe teacher saw {many} labelled images and a student only {few} of them, which is why a teacher helps; with all"
         "\nof the labels there is little left to gain. The three ways share initial weights, images and batch order."
-        "\nAt ten classes a call costs what its launches cost; the time of the arithmetic shows at a vocabulary's size."
+        "\nAt ten classes a call is mostly overhead; what its arithmetic takes shows at a vocabulary's size."
         f"\nTimes vary; every other number comes again with --seed {config.seed}."
     )
 

@@ -131,7 +131,7 @@ def show(outcome: Outcome) -> None:
     )
     print(f"Backend: {outcome.backend}")
     seen = f"{language.SEEN} characters" if of_text else f"{classification.IMAGES_PER_CLASS * data.CLASSES} labels"
-    order = "" if of_text else " and see them in the same\norder"
+    order = "" if of_text else " and see them in the same order"
     print(
         f"\nA student sees {seen}; both ways start from the same weights{order}."
         f"\nRead a gain against its spread. The numbers come again with --seed {config.seed}."
