@@ -171,11 +171,24 @@ def test_memory_does_not_grow_with_the_tokens(reduction: str, dtype: torch.dtype
         with Largest() as seen:
             call()
         assert seen.numel <= max(32 * classes, classes * width), "a tensor larger than a chunk was made"
-    # 16-bit heads are widened a slab at a time, and these are less than a slab.
-    wide_weight = 4 * head.numel() * (1 if dtype == F32 else 3)
+    wide_weight = 4 * (head.numel() + (0 if dtype == F32 else 2 * gemm.SLAB["cpu"] * width))
     # And chunk-sized copies of hidden states, and a few floats a token.
     assert extra[0] <= budget + wide_weight + 64 * 1024
     assert extra[1] <= budget + wide_weight + 64 * 1024 + 16 * 1024
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16], ids=str)
+def test_slabs_of_classes(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Eleven classes in slabs of four are the eleven at once."""
+    x = make(generator, dtype=dtype)
+
+    def step() -> Any:
+        loss = linear_js_div(*x, backend="cpu")
+        return loss, *torch.autograd.grad(loss, x[:2])
+
+    expected = step()
+    monkeypatch.setitem(gemm.SLAB, "cpu", 4)
+    torch.testing.assert_close(step(), expected, rtol=1e-5 if dtype == F32 else 2**-7, atol=1e-7)
 
 
 def test_frozen_parts_cost_no_product(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:

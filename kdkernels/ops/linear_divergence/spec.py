@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from kdkernels.losses import contrastive, linear, linear_sparse, sequence
+from kdkernels.ops.linear_divergence.gemm import Products
 from kdkernels.ops.registry import Case, Inputs, Shape, Spec
-from kdkernels.ops.row_divergence.spec import eager_distillation, eager_js, eager_kl
+from kdkernels.ops.row_divergence.spec import eager_distillation, eager_js, eager_kl, eager_reverse_kl
 from kdkernels.ops.row_gather.spec import eager_renormalize
 
 # (tokens, vocabulary, hidden); of the teacher's hidden sizes, HIDDEN_MORE wider.
@@ -148,6 +149,53 @@ def eager_compress(
     return F.kl_div(F.log_softmax(s, 1), F.softmax(t, 1), reduction="batchmean")
 
 
+def eager_seed(
+    student: torch.Tensor, teacher: torch.Tensor, queue: torch.Tensor, temperature: float = 0.2,
+    teacher_temperature: float = 1e-4, **_: Any,
+) -> torch.Tensor:  # fmt: skip
+    """As the authors: the teacher's embeddings stand before the queue, everybody's scores against all are made."""
+    s, t = (F.normalize(x.float(), dim=1) for x in (student, teacher))
+    own = (t * t).sum(1, keepdim=True)
+    of_teacher = torch.cat([own, t @ queue.T], 1) / teacher_temperature
+    of_student = torch.cat([(s * t).sum(1, keepdim=True), s @ queue.T], 1) / temperature
+    return -(F.softmax(of_teacher, 1) * F.log_softmax(of_student, 1)).sum(1).mean()
+
+
+def eager_info_nce(
+    student: torch.Tensor, teacher: torch.Tensor, temperature: float = 0.07, symmetric: bool = False, **_: Any
+) -> torch.Tensor:
+    scores = F.normalize(student.float(), dim=1) @ F.normalize(teacher.float(), dim=1).T / temperature
+    labels = torch.arange(len(scores), device=scores.device)
+    if not symmetric:
+        return F.cross_entropy(scores, labels)
+    return (F.cross_entropy(scores, labels) + F.cross_entropy(scores.T, labels)) / 2
+
+
+def eager_crd(
+    student: torch.Tensor, teacher: torch.Tensor, student_bank: torch.Tensor, teacher_bank: torch.Tensor,
+    indices: torch.Tensor, temperature: float = 0.07, eps: float = 1e-7, **_: Any,
+) -> torch.Tensor:  # fmt: skip
+    """As the authors: a copy of the bank's entries for each sample."""
+
+    def side(x: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
+        n, k = len(bank), indices.shape[1] - 1
+        p = torch.exp(torch.einsum("nkd,nd->nk", bank[indices], F.normalize(x.float(), dim=1)) / temperature)
+        p = p / (p.detach().mean() * n)
+        noise = k / n
+        log_positive = torch.log(p[:, 0] / (p[:, 0] + noise + eps))
+        return -(log_positive.sum() + torch.log(noise / (p[:, 1:] + noise + eps)).sum()) / len(x)
+
+    return side(student, teacher_bank) + side(teacher, student_bank)
+
+
+def _scores(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    """The product as the kernels make it where it is quicker than in one piece, which a floor should not be."""
+    if hidden.dtype == torch.float32:
+        Products(hidden, weight).scores(slice(None), out)
+    else:
+        torch.mm(hidden, weight.T, out=out)
+
+
 def products(inputs: Inputs, backward: bool) -> Callable[[], Any]:
     """The matrix products alone, on whole tensors that exist already, in the inputs' dtype."""
     h_s, w_s, h_t, w_t = (inputs[n].detach() for n in STUDENT + TEACHER)
@@ -155,8 +203,8 @@ def products(inputs: Inputs, backward: bool) -> Callable[[], Any]:
     d_hidden, d_weight = torch.empty_like(h_s), torch.empty_like(w_s)
 
     def run() -> None:
-        torch.mm(h_s, w_s.T, out=student)
-        torch.mm(h_t, w_t.T, out=teacher)
+        _scores(h_s, w_s, student)
+        _scores(h_t, w_t, teacher)
         if backward:
             torch.mm(student, w_s, out=d_hidden)
             torch.mm(student.T, h_s, out=d_weight)
@@ -170,7 +218,7 @@ def student_products(inputs: Inputs, backward: bool) -> Callable[[], Any]:
     scores, d_hidden, d_weight = hidden @ weight.T, torch.empty_like(hidden), torch.empty_like(weight)
 
     def run() -> None:
-        torch.mm(hidden, weight.T, out=scores)
+        _scores(hidden, weight, scores)
         if backward:
             torch.mm(scores, weight, out=d_hidden)
             torch.mm(scores.T, hidden, out=d_weight)
@@ -184,18 +232,53 @@ def queue_products(inputs: Inputs, backward: bool) -> Callable[[], Any]:
     student, teacher, d_student = s @ queue.T, t @ queue.T, torch.empty_like(s)
 
     def run() -> None:
-        torch.mm(s, queue.T, out=student)
-        torch.mm(t, queue.T, out=teacher)
+        _scores(s, queue, student)
+        _scores(t, queue, teacher)
         if backward:
             torch.mm(student, queue, out=d_student)
 
     return run
 
 
+def batch_products(inputs: Inputs, backward: bool) -> Callable[[], Any]:
+    """The same of two models' embeddings with each other, of which the first learns."""
+    s, t = (inputs[n].detach().float() for n in ("student", "teacher"))
+    scores, d_student = s @ t.T, torch.empty_like(s)
+
+    def run() -> None:
+        _scores(s, t, scores)
+        if backward:
+            torch.mm(scores, t, out=d_student)
+
+    return run
+
+
+def bank_products(inputs: Inputs, backward: bool) -> Callable[[], Any]:
+    """The same of both models' embeddings with each other's bank."""
+    pairs = [(inputs[x].detach(), inputs[f"{y}_bank"]) for x, y in (("student", "teacher"), ("teacher", "student"))]
+    scores, d_student = pairs[0][0] @ pairs[0][1].T, torch.empty_like(pairs[0][0])
+
+    def run() -> None:
+        for x, bank in pairs:
+            _scores(x, bank, scores)
+        if backward:
+            torch.mm(scores, pairs[0][1], out=d_student)
+
+    return run
+
+
+QUEUE = {"queue-16k": (256, 16384, 128)}
+
+
 def _contrastive(
-    name: str, function: Any, make: Any = make_queue, grads: tuple[str, ...] = ("student",), **options: Any
-) -> Case:
-    return Case(name, function, make, options, grads=grads, shapes=((5, 4, 2), (3, 50, 6)))
+    name: str, function: Any, eager: Any, make: Any = make_queue, floor: Any = queue_products,
+    grads: tuple[str, ...] = ("student",), bench: Mapping[str, Shape] = QUEUE, bench_gpu: Mapping[str, Shape] | None = None, **options: Any,
+) -> Case:  # fmt: skip
+    return Case(
+        name, function, make, options, eager, grads=grads, shapes=((5, 4, 2), (3, 50, 6)), bench=bench,
+        bench_gpu={"queue-128k": (256, 131072, 512)} if bench_gpu is None else bench_gpu,
+        floor_work=floor, headline=True,
+    )  # fmt: skip
 
 
 def _case(
@@ -217,7 +300,9 @@ SPEC = Spec(
         _case("linear_js_div", linear.linear_js_div, eager=eager_js),
         _case("linear_distillation_loss", linear.linear_distillation_loss, make_labelled, eager_distillation),
         _case("linear_kl_div-both", linear.linear_kl_div, grads=STUDENT + TEACHER, temperature=2.0),
-        _case("linear_reverse_kl_div", linear.linear_reverse_kl_div, make_labelled, temperature=2.0),
+        _case("linear_reverse_kl_div", linear.linear_reverse_kl_div, eager=eager_reverse_kl, temperature=2.0),
+        _case("linear_reverse_kl_div-labels", linear.linear_reverse_kl_div, make_labelled, shapes=SMALL, temperature=2.0),
+        _case("linear_generalized_js_div", linear.linear_generalized_js_div, eager=eager_js, shapes=SMALL, beta=0.1),
         _case("linear_generalized_js_div-none", linear.linear_generalized_js_div, make_labelled, beta=0.2, reduction="none"),
         # Two chunks and a shorter one.
         _case(
@@ -244,15 +329,12 @@ SPEC = Spec(
             "linear_topk_div-tail-js-none", linear_sparse.linear_topk_div, make_sparse_everything, shapes=SMALL,
             missing="tail", divergence="js", teacher_values_are="log_probs", reduction="none", chunk_bytes=70,
         ),
-        Case(
-            "compress_loss", contrastive.compress_loss, make_queue, {}, eager_compress, grads=("student",),
-            shapes=((5, 4, 2), (3, 50, 6)), bench={"queue-16k": (256, 16384, 128)},
-            bench_gpu={"queue-128k": (256, 131072, 512)}, floor_work=queue_products, headline=True,
-        ),
-        _contrastive("seed_loss", contrastive.seed_loss, teacher_temperature=0.1),
+        _contrastive("compress_loss", contrastive.compress_loss, eager_compress),
+        _contrastive("seed_loss", contrastive.seed_loss, eager_seed, teacher_temperature=0.1),
         _contrastive(
-            "info_nce_distillation_loss", contrastive.info_nce_distillation_loss, make_embeddings, ("student", "teacher"),
-            temperature=0.2, symmetric=True,
+            "info_nce_distillation_loss", contrastive.info_nce_distillation_loss, eager_info_nce, make_embeddings,
+            batch_products, ("student", "teacher"), {"batch-256": (256, 1, 128), "batch-4k": (4096, 1, 128)},
+            {"batch-32k": (32768, 1, 512)}, temperature=0.2, symmetric=True,
         ),
         Case(
             "linear_sequence_loss", sequence.linear_sequence_loss, make_sequences, grads=STUDENT,
@@ -262,6 +344,9 @@ SPEC = Spec(
             "sequence_loss", sequence.sequence_loss, make_sequence_logits, grads=("student_logits",),
             shapes=((2, 3, 4, 2), (2, 3, 33, 5)),
         ),
-        _contrastive("crd_loss", contrastive.crd_loss, make_banks, ("student", "teacher"), temperature=0.2),
+        _contrastive(
+            "crd_loss", contrastive.crd_loss, eager_crd, make_banks, bank_products, ("student", "teacher"),
+            {"bank-16k": (64, 16384, 128)}, {"bank-50k": (64, 50000, 128)}, temperature=0.2,
+        ),
     ),
 )  # fmt: skip
