@@ -22,10 +22,10 @@ def test_a_module_is_its_function(target: Target, batch: tuple[torch.Tensor, ...
     s, t, y = (x.to(target.device) for x in batch)
     loss = KLDivLoss(temperature=3.0, reduction="sum", backend=target.backend)
     assert torch.equal(loss(s, t), kl_div(s, t, temperature=3.0, reduction="sum", backend=target.backend))
-    hard = DistillationLoss(label_smoothing=0.1, backend=target.backend)
-    assert torch.equal(
-        hard(s, t, y, 2.0, 0.5), distillation_loss(s, t, y, 2.0, 0.5, label_smoothing=0.1, backend=target.backend)
-    )
+    hard = DistillationLoss(temperature=2.0, alpha=0.5, label_smoothing=0.1, backend=target.backend)
+    options = {"label_smoothing": 0.1, "backend": target.backend}
+    assert torch.equal(hard(s, t, y), distillation_loss(s, t, y, 2.0, 0.5, **options))
+    assert torch.equal(hard(s, t, y, 3.0), distillation_loss(s, t, y, 3.0, 0.5, **options))
 
 
 def test_a_call_overrides_the_options(batch: tuple[torch.Tensor, ...]) -> None:
@@ -81,10 +81,19 @@ def test_repr_says_the_options() -> None:
 @pytest.mark.parametrize("module", [KLDivLoss, DistillationLoss])
 def test_every_option_of_the_function_is_one_of_the_module(module: type[torch.nn.Module]) -> None:
     parameters = inspect.signature(module.function).parameters.values()
-    options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    options = {p.name: p.default for p in parameters if p.default is not p.empty}
     loss = module(**options)
     for name, value in options.items():
         assert getattr(loss, name) == value
+
+
+def test_options_that_are_none_of_the_functions_are_refused() -> None:
+    with pytest.raises(TypeError, match="KLDivLoss has no option 'temprature'; did you mean 'temperature'"):
+        KLDivLoss(temprature=4.0)
+    with pytest.raises(TypeError, match="DistillationLoss has no option 'labels'$"):
+        DistillationLoss(labels=torch.zeros(3))
+    with pytest.raises(TypeError, match=r"KLDivLoss takes its options by name.* got 4\.0"):
+        KLDivLoss(4.0)
 
 
 def test_in_a_larger_module(batch: tuple[torch.Tensor, ...]) -> None:

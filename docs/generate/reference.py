@@ -184,8 +184,8 @@ def loss_page(function: Callable[..., Any]) -> str:
     body = docstring(function)
     out.append(body.partition("\n")[2] if body.startswith(_escaped(summary)) else body)
     out.append(
-        f"## As a module\n\n`kdkernels.{module.__name__}(**options)` keeps the keyword-only arguments and is called with the "
-        "tensors. A parameter among them (a learnable temperature) becomes the module's, a tensor its buffer.\n"
+        f"## As a module\n\n`kdkernels.{module.__name__}(**options)` keeps options, given by name, and is called with "
+        "the tensors. A parameter among them (a learnable temperature) becomes the module's, a tensor its buffer.\n"
     )
     out.append(f"## Where it runs\n\n{figures.verified_table(function, spec)}")
     out.append(f"## What it costs\n\n{figures.cost_table(function)}")

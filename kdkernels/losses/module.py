@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -12,32 +13,39 @@ import torch
 class LossModule(torch.nn.Module):
     """Base of the loss modules: `Loss(**options)(*tensors)` is `function(*tensors, **options)`.
 
-    Options are the function's keyword-only arguments. An nn.Parameter (a learnable temperature)
-    becomes a parameter of the module and a tensor a buffer, so that both move and save with it.
+    Options are the function's keyword-only arguments, and those that default to a number. An nn.Parameter (a learnable
+    temperature) becomes a parameter of the module and a tensor a buffer, so that both move and save with it.
 
     Raises:
-        TypeError: for an option that the function does not have.
+        TypeError: for an option without a name, or one that the function does not have.
     """
 
     function: ClassVar[Callable[..., torch.Tensor]]
 
-    def __init__(self, **options: Any):
+    def __init__(self, *unnamed: Any, **options: Any):
         super().__init__()
-        known = inspect.signature(self.function).parameters
+        kind = type(self).__name__
+        arguments = inspect.signature(self.function).parameters
+        known = [n for n, p in arguments.items() if p.kind is p.KEYWORD_ONLY or isinstance(p.default, (int, float))]
+        if unnamed:
+            raise TypeError(f"{kind} takes its options by name, and tensors when it is called; got {unnamed[0]!r}")
         for name, value in options.items():
-            if name not in known or known[name].kind is not inspect.Parameter.KEYWORD_ONLY:
-                raise TypeError(f"{type(self).__name__} has no option {name!r}")
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                raise TypeError(f"{kind} has no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
             if isinstance(value, torch.nn.Parameter):
                 self.register_parameter(name, value)
             elif isinstance(value, torch.Tensor):
                 self.register_buffer(name, value)
             else:
                 setattr(self, name, value)
-        self._options = tuple(options)
+        self._arguments, self._options = tuple(arguments), tuple(options)
 
-    def forward(self, *tensors: torch.Tensor | None, **options: Any) -> torch.Tensor:
-        """The loss of these tensors; keyword arguments override the module's options for one call."""
-        return self.function(*tensors, **{**{name: getattr(self, name) for name in self._options}, **options})
+    def forward(self, *tensors: Any, **options: Any) -> torch.Tensor:
+        """The loss of these tensors; arguments of a call override the module's options."""
+        given = (*self._arguments[: len(tensors)], *options)
+        kept = {name: getattr(self, name) for name in self._options if name not in given}
+        return self.function(*tensors, **kept, **options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._options)

@@ -275,7 +275,7 @@ def auxiliary_heads_loss(
 
 
 class DecoupledKDLoss(LossModule):
-    """`decoupled_kd_loss` as a module: its keyword-only arguments are the options."""
+    """`decoupled_kd_loss` as a module: its keyword arguments are the options."""
 
     function = staticmethod(decoupled_kd_loss)
 
