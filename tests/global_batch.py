@@ -165,9 +165,9 @@ def counted() -> Iterator[list[str]]:
         return lambda *a, **k: (calls.append(name), function(*a, **k))[1]
 
     with pytest.MonkeyPatch.context() as patch:
-        for where, name in ((batch_of_ranks, "_all_gather"), (batch_of_ranks, "_reduce_scatter"),
+        for where, name in ((batch_of_ranks, "all_gather"), (batch_of_ranks, "reduce_scatter"),
                             (dist, "all_reduce"), (dist, "batch_isend_irecv")):  # fmt: skip
-            patch.setattr(where, name, spied(name.strip("_"), getattr(where, name)))
+            patch.setattr(where, name, spied(name, getattr(where, name)))
         yield calls
 
 

@@ -24,8 +24,8 @@ SLOTS, AXES = 4, 5  # tensors of one meeting, and their axes after the samples'
 FIELDS = 5 + AXES
 REFUSED = UNKNOWN = -1
 # Their names from torch 2.13 on, and before.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Samples:
         most = max(self.counts)
         everyone = x.new_empty(len(self.counts) * most, *x.shape[1:])
         if everyone.numel():
-            _all_gather(everyone, self._padded(x), group=self.group)
+            all_gather(everyone, self._padded(x), group=self.group)
         if min(self.counts) == most:
             return everyone
         return torch.cat([part[:n] for part, n in zip(everyone.split(most), self.counts)])
@@ -86,7 +86,7 @@ class Samples:
         if min(self.counts) < most:
             x = torch.cat([self._padded(part) for part in x.split(self.counts)])
         mine = x.new_empty(most, *x.shape[1:])
-        _reduce_scatter(mine, x.contiguous(), group=self.group)
+        reduce_scatter(mine, x.contiguous(), group=self.group)
         return mine[: self.counts[self.rank]]
 
 
@@ -125,7 +125,7 @@ def _tell(group: Any, notes: list[int]) -> list[list[int]]:
     device = torch.device("cpu" if "cpu" in kinds else kinds[0])
     mine = torch.tensor(notes + [0] * (1 + SLOTS * FIELDS - len(notes)), device=device)
     everyone = mine.new_empty(ranks, len(mine))
-    _all_gather(everyone.view(-1), mine, group=group)
+    all_gather(everyone.view(-1), mine, group=group)
     return everyone.tolist()
 
 
@@ -148,7 +148,7 @@ def _words(notes: list[int]) -> str:
 
 
 @contextlib.contextmanager
-def refusing(operation: str, group: Any) -> Iterator[None]:
+def refusing(group: Any) -> Iterator[None]:
     """Round the checks of this rank's own input: where they raise, the ranks that wait in `meet` raise too."""
     try:
         yield

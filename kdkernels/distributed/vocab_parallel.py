@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from kdkernels import backends
+from kdkernels.distributed.batch import all_gather
 from kdkernels.losses import checks
 from kdkernels.losses.logits import _soft_term
 from kdkernels.ops.linear_divergence.heads import Head, Side, chunk_rows
@@ -164,7 +165,7 @@ def _combined(local: list[torch.Tensor], reverse: bool, job: _Job) -> list[torch
     mine = torch.stack(local)
     ranks = dist.get_world_size(job.group)
     everyone = mine.new_empty(ranks * mine.shape[0], mine.shape[1])
-    dist.all_gather_into_tensor(everyone, mine, group=job.group)
+    all_gather(everyone, mine, group=job.group)
     stats = everyone.view(ranks, *mine.shape)
     lse = stats[:, :2].logsumexp(0)
     found = [lse[0], lse[1]]

@@ -256,7 +256,7 @@ def batch(
         return *embeddings(student, teacher), None
     from kdkernels.distributed.batch import meet
 
-    with refusing(operation, group):
+    with refusing(group):
         student, teacher = embeddings(student, teacher)
         for name, x in others.items():
             of_samples(name, x, student)
@@ -266,13 +266,13 @@ def batch(
     return student, teacher, samples
 
 
-def refusing(operation: str, group: torch.distributed.ProcessGroup | None) -> contextlib.AbstractContextManager[None]:
+def refusing(group: torch.distributed.ProcessGroup | None) -> contextlib.AbstractContextManager[None]:
     """Round checks: where they fail on this rank of a group, the others fail too instead of waiting for it."""
     if group is None:
         return contextlib.nullcontext()
     from kdkernels.distributed import batch
 
-    return batch.refusing(operation, group)
+    return batch.refusing(group)
 
 
 def of_samples(name: str, x: Any, like: torch.Tensor) -> None:

@@ -440,9 +440,11 @@ class Queue(torch.nn.Module):
             raise ValueError(f"embeddings must have shape (N, {features}), got {tuple(embeddings.shape)}")
         x = _normalized(embeddings).to(self.entries)
         if group is not None:
+            from kdkernels.distributed.batch import all_gather
+
             ranks = torch.distributed.get_world_size(group)
             everyone = x.new_empty(ranks * x.shape[0], features)
-            torch.distributed.all_gather_into_tensor(everyone, x.contiguous(), group=group)
+            all_gather(everyone, x.contiguous(), group=group)
             x = everyone
         if x.shape[0] > size:
             raise ValueError(f"{x.shape[0]} embeddings do not fit a queue of {size}")

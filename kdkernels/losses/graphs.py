@@ -262,7 +262,7 @@ def local_structure_loss(
     else:
         from kdkernels.distributed.batch import meet
 
-        with checks.refusing("local_structure_loss", group):
+        with checks.refusing(group):
             _check_edges(edge_index, student.device)
         mine = edge_index.T
         edge_index = meet("local_structure_loss", group, edge_index=mine).gather(mine).T

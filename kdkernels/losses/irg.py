@@ -135,7 +135,7 @@ def instance_relation_graph_loss(
         ("vertex_weight", vertex_weight), ("edge_weight", edge_weight), ("transformation_weight", transformation_weight),
     ):  # fmt: skip
         checks.number(name, value)
-    with checks.refusing("instance_relation_graph_loss", group):
+    with checks.refusing(group):
         student, teacher = _layers(student_features, teacher_features)
         if (student_logits is None) != (teacher_logits is None):
             raise ValueError("student_logits and teacher_logits go together: one of them is missing")

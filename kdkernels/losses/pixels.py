@@ -144,7 +144,7 @@ def cross_image_relation_loss(
     checks.choice("reduction", reduction, ("mean", "sum"))
     if pool is not None and (not isinstance(pool, int) or isinstance(pool, bool) or pool < 1):
         raise ValueError(f"pool must be a positive integer or None, got {pool!r}")
-    with checks.refusing("cross_image_relation_loss", group):
+    with checks.refusing(group):
         _maps(student_features, teacher_features)
     backend = backends.resolve("cross_image_relation_loss", (student_features, teacher_features), backend)
     if pool is not None:
