@@ -94,7 +94,7 @@ def test_a_changed_line_changes_no_value(old, new, place):
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: str(p.relative_to(ROOT)))
-def test_code_runs(page, capsys):
+def test_code_runs(page):
     """Everything else, one block after the other as a reader would."""
     space = names()
     threads = torch.get_num_threads()
@@ -127,7 +127,7 @@ def test_commands_are_those_of_the_command_line(capsys):
 # ---- generated pages ----
 
 
-def test_every_public_name_has_its_page(monkeypatch):
+def test_every_public_name_has_its_page():
     made = reference.pages()
     text = "\n".join(made.values())
     for name in kdkernels.__all__:
@@ -216,7 +216,10 @@ def test_formulas_of_all_families_are_well_formed():
 
     for path, text in reference.pages().items():
         for block in re.findall(r"<math.*?</math>", text, re.DOTALL):
-            ET.fromstring(block.replace("&#160;", " ").replace("&#x2061;", "")), path
+            try:
+                ET.fromstring(block.replace("&#160;", " ").replace("&#x2061;", ""))
+            except ET.ParseError as error:
+                pytest.fail(f"{path}: {error}")
         assert "    L = " not in text, f"{path} has a formula that was left as code"
 
 

@@ -1,6 +1,6 @@
 """Writes README's tables of losses and of benchmark figures from the registry and the committed result files.
 
-python -m kdkernels.bench.readme [--check]
+kdkernels bench --readme; python -m kdkernels.bench.readme --check says whether they are up to date.
 """
 
 from __future__ import annotations

@@ -9,18 +9,11 @@ from kdkernels.schemes.ema import EMATeacher, TemporalEnsemble
 from kdkernels.schemes.generations import average_logits, born_again, distill_chain, frozen
 from kdkernels.schemes.gradients import scale_gradient
 from kdkernels.schemes.mutual import collaborative_loss, ensemble_logits, mutual_learning_loss
-from kdkernels.schemes.schedules import (
-    Constant,
-    Cosine,
-    LearnableTemperature,
-    Linear,
-    by_capacity,
-    capacity_gap,
-    confidence_weight,
-)
+from kdkernels.schemes.schedules import Constant, Cosine, Linear, confidence_weight
 from kdkernels.schemes.sequences import TeacherSequences
 from kdkernels.schemes.snapshots import LearningWithoutForgetting, SnapshotTeacher, anchor_distillation_loss
 from kdkernels.schemes.synthetic import synthetic_batch
+from kdkernels.schemes.temperatures import LearnableTemperature, by_capacity, capacity_gap
 from kdkernels.schemes.unlabelled import semi_supervised_loss
 
 __all__ = [
