@@ -104,7 +104,7 @@ def use_backend(name: str) -> Iterator[None]:
         BackendError: at the first operation that the backend cannot run, with the reason.
         ValueError: for an unknown name.
     """
-    if name != "auto" and name not in BACKENDS and name not in _libraries:
+    if not isinstance(name, str) or (name != "auto" and name not in BACKENDS and name not in _libraries):
         raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(('auto', *BACKENDS))}")
     global _forced_while_tracing
     token, before = _forced.set(name), _forced_while_tracing
@@ -142,7 +142,10 @@ def resolve(
 
     Raises:
         BackendError: the backend asked for cannot run here.
+        TypeError: it is no name.
     """
+    if not isinstance(backend, str):
+        raise TypeError(f"backend must be a name, got {type(backend).__name__}")
     if backend == "auto":
         backend = requested()
     device = tensors[0].device.type

@@ -486,7 +486,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "image size": (lambda: kd.fgd_loss(X, X, [X[0, 0]] * 2, image_size=(1, 2, 3)), "image_size must be"),
     "temperature": (lambda: kd.fgd_loss(X, X, [X[0, 0]] * 2, temperature=0.0), "temperature must be positive"),
     "variance": (lambda: kd.variational_information_loss(X, X, torch.zeros(2)), r"one number a channel, \(3,\)"),
-    "resize": (lambda: kd.pearson_feature_loss(X, X, resize="both"), "resize must be"),
+    "resize": (lambda: kd.pearson_feature_loss(X, X, resize="both"), "unknown resize 'both'"),
     "levels": (lambda: kd.hierarchical_context_loss(X, X, levels=(1, 2)), "levels must fall"),
     "maps": (lambda: kd.hierarchical_context_loss([X], [X, X]), "as many maps"),
     "detections": (lambda: kd.detection_distillation_loss([X[0, 0]], [X[0, 0, :2]]), "detections must match"),

@@ -306,9 +306,9 @@ def test_modules(generator: torch.Generator) -> None:
 def test_errors(generator: torch.Generator) -> None:
     s, t = embeddings(5, 3, 4, generator)
     for function in LOSSES.values():
-        with pytest.raises(ValueError, match="student has 5 and teacher 4"):
+        with pytest.raises(ValueError, match=r"student.* has 5 and teacher.* 4"):
             function(s, t[:4])
-        with pytest.raises(TypeError, match="teacher must be float16"):
+        with pytest.raises(TypeError, match="teacher.* must be float16"):
             function(s, t.long())
     with pytest.raises(ValueError, match="equally many layers"):
         instance_relation_graph_loss([s, s], [t])
@@ -327,5 +327,5 @@ def test_errors(generator: torch.Generator) -> None:
         graph_structure_loss(s, t, hop=-1.0)
     with pytest.raises(ValueError, match="unknown kernel 'euclidean': choose one of 'linear', 'rbf'"):
         graph_structure_loss(s, t, kernel="euclidean")
-    with pytest.raises(ValueError, match="degree must be a positive integer, got 0"):
+    with pytest.raises(ValueError, match="degree must be at least 1, got 0"):
         global_structure_loss(s, t, degree=0)

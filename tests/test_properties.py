@@ -9,8 +9,6 @@ from __future__ import annotations
 import inspect
 import math
 import os
-import re
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -363,77 +361,3 @@ def test_the_students_scale_does_not_matter(name: str, data: Any, scale: float) 
     close(scale * scaled_grads[main], grads[main], 5e-3, 1e-3)
     inner = (grads[main].double() * inputs[main].double()).sum().abs()
     assert inner <= 1e-4 * (1 + grads[main].abs().sum() * inputs[main].abs().max())
-
-
-# ---- bad input ----
-
-OTHER: dict[str, Callable[[Any], Any]] = {
-    "None": lambda x: None,
-    "words": lambda x: "words",
-    "a list of words": lambda x: ["words"],
-    "a dictionary": lambda x: {},
-    "NaN": lambda x: math.nan,
-    "infinity": lambda x: math.inf,
-    "minus one": lambda x: -1,
-    "zero": lambda x: 0,
-    "a huge number": lambda x: 1e12,
-}
-TENSOR: dict[str, Callable[[torch.Tensor], Any]] = {
-    "None": lambda x: None,
-    "words": lambda x: "words",
-    "a list of words": lambda x: ["words"],
-    "a number": lambda x: 2.0,
-    "a scalar": lambda x: torch.tensor(2.0),
-    "an empty tensor": lambda x: torch.zeros(0),
-    "no rows": lambda x: x[:0],
-    "a row less": lambda x: x[1:],
-    "a column less": lambda x: x[..., 1:],
-    "an axis more": lambda x: x.unsqueeze(0),
-    "integers": lambda x: torch.zeros_like(x, dtype=torch.int64),
-    "floats": lambda x: torch.zeros_like(x, dtype=F32),
-    "booleans": lambda x: torch.zeros_like(x, dtype=torch.bool),
-    "complex": lambda x: torch.zeros_like(x, dtype=torch.complex64),
-    "elsewhere": lambda x: x.to("meta"),
-    "sparse": lambda x: x.to_sparse(),
-    "far indices": lambda x: x if x.is_floating_point() else torch.full_like(x, 10**6),
-    "negative indices": lambda x: x if x.is_floating_point() else torch.full_like(x, -7),
-}
-NUMBERS = ("temperature", "teacher_temperature", "alpha", "beta", "gamma", "eps", "ratio", "skew", "num_items", "margin",
-           "label_smoothing", "ignore_index", "dim", "distance_weight", "angle_weight")  # fmt: skip
-
-
-def wrong_things(function: Callable[..., Any], good: Inputs) -> Iterator[tuple[str, str, Callable[[Any], Any]]]:
-    """(argument, what, how) of every replacement: of tensors by anything, of numbers and choices by other values."""
-    for p in inspect.signature(function).parameters.values():
-        if isinstance(good.get(p.name), torch.Tensor) and good[p.name].dim():
-            yield from ((p.name, what, how) for what, how in TENSOR.items())
-        elif p.name in NUMBERS or str(p.annotation).strip("'\"") == "str":
-            yield from ((p.name, what, how) for what, how in OTHER.items() if p.name != "backend" or "a " not in what)
-
-
-NAMED = (ValueError, TypeError, IndexError, kdkernels.BackendError)
-
-
-@all_but({})
-def test_bad_input_is_a_named_error_or_the_right_value(name: str) -> None:
-    """Each argument replaced by each wrong thing: a value, or an error that names an argument; nothing else, and no NaN."""
-    case = cases_of(name)[0]
-    shape = sorted(case.shapes, key=size)[1 if len(case.shapes) > 1 else 0]
-    good = case.make(shape, torch.Generator().manual_seed(0))
-    parameters = list(inspect.signature(case.function).parameters)
-    trouble = []
-    for argument, what, wrong in wrong_things(case.function, good):
-        arguments = {**good, **case.options, **BACKEND[name]}
-        arguments[argument] = wrong(arguments.get(argument))
-        try:
-            loss = case.function(**arguments)
-        except NAMED as error:
-            words = str(error)
-            if not any(p in words for p in parameters) and not re.search("student|teacher|bank|maps|embeddings", words):
-                trouble.append(f"{argument} = {what}: {type(error).__name__} without a name: {words[:120]}")
-        except Exception as error:
-            trouble.append(f"{argument} = {what}: {type(error).__name__}: {str(error)[:120]}")
-        else:
-            if loss.device.type == "cpu" and what != "a huge number" and loss.isnan().any():
-                trouble.append(f"{argument} = {what}: NaN")
-    assert not trouble, "\n".join([f"{len(trouble)} of {name}:", *trouble])

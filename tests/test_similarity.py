@@ -532,7 +532,7 @@ def test_errors(generator: torch.Generator) -> None:
         similarity_preserving_loss(s, t, norm="max")
     with pytest.raises(ValueError, match="unknown kernel"):
         correlation_congruence_loss(s, t, kernel="rbf")
-    with pytest.raises(ValueError, match="order must be a non-negative integer, got -1"):
+    with pytest.raises(ValueError, match="order must be at least 0, got -1"):
         correlation_congruence_loss(s, t, order=-1)
     with pytest.raises(ValueError, match="gamma must be positive"):
         correlation_congruence_loss(s, t, gamma=-0.4)

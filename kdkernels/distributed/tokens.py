@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from kdkernels.losses import checks
+
 
 @torch.no_grad()
 def count_items(
@@ -31,6 +33,15 @@ def count_items(
     Returns:
         A float32 tensor with one element on the tokens' device. 0 where no rank has any, which every loss takes.
     """
+    if not isinstance(tokens, torch.Tensor):
+        raise TypeError(f"tokens must be a tensor, got {type(tokens).__name__}")
+    checks.dense("tokens", tokens)
+    if tokens.is_complex():
+        raise TypeError(f"tokens must be real numbers, got {tokens.dtype}")
+    checks.integer("ignore_index", ignore_index)
+    checks.flag("weighted", weighted)
+    checks.flag("average", average)
+    checks.meeting(group)
     mass = tokens.sum(dtype=torch.float32) if weighted else (tokens != ignore_index).sum(dtype=torch.float32)
     dist.all_reduce(mass, group=group)
     return mass / dist.get_world_size(group) if average else mass

@@ -295,20 +295,26 @@ def _finish(
     teacher_temperature: Number | None, scale_by_t2: bool, reduction: str, weight: torch.Tensor | None, ignore_index: int,
     num_items: Number | None, chunk_bytes: int, vocab_start: int | None, group: Any, backend: str, operation: str,
 ) -> torch.Tensor:  # fmt: skip
-    kind, (p0, p1) = _soft_term(divergence, divergence_options)
+    given = [x for x in tensors if x is not None]
+    like = given[0]
+    kind, (p0, p1) = _soft_term(divergence, divergence_options, like)
     if kind == Kind.DECOUPLED_KL:
         raise ValueError("divergence='decoupled_kl' is not available over a sharded vocabulary")
-    checks.number("temperature", temperature, low=0, open_low=True)
-    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, optional=True)
-    checks.number("alpha", alpha, low=0, high=1)
-    checks.items(num_items)
+    checks.number("temperature", temperature, low=0, open_low=True, like=like)
+    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, optional=True, like=like)
+    checks.number("alpha", alpha, low=0, high=1, like=like)
+    checks.items(num_items, like)
+    checks.flag("scale_by_t2", scale_by_t2)
+    checks.integer("chunk_bytes", chunk_bytes, low=0)
+    if vocab_start is not None:
+        checks.integer("vocab_start", vocab_start, low=0)
+    checks.meeting(group)
     checks.choice("reduction", reduction, ("rowmean", "batchmean", "sum", "none"))
     hard = labels is not None and not (isinstance(alpha, (int, float)) and alpha == 1)
     if labels is None and isinstance(alpha, (int, float)) and alpha != 1:
         raise TypeError("labels must be a tensor where alpha is below 1: the hard-label term needs them")
-    given = [x for x in tensors if x is not None]
     backend = backends.resolve(operation, tuple(given), backend)
-    device = given[0].device
+    device = like.device
     ranks = dist.get_world_size(group)
     start = dist.get_rank(group) * classes if vocab_start is None else vocab_start
     dtype = torch.float64 if torch.float64 in [x.dtype for x in given] else torch.float32
@@ -470,10 +476,10 @@ def vocab_parallel_linear_loss(
             f"{tuple(student_hidden.shape)} and {tuple(teacher_hidden.shape)}, heads {tuple(student_weight.shape)} and "
             f"{tuple(teacher_weight.shape)}"
         )
-    checks.number("student_logit_scale", student_logit_scale, optional=True)
-    checks.number("teacher_logit_scale", teacher_logit_scale, optional=True)
-    checks.number("student_softcap", student_softcap, low=0, open_low=True, optional=True)
-    checks.number("teacher_softcap", teacher_softcap, low=0, open_low=True, optional=True)
+    checks.number("student_logit_scale", student_logit_scale, optional=True, like=student_hidden)
+    checks.number("teacher_logit_scale", teacher_logit_scale, optional=True, like=student_hidden)
+    checks.number("student_softcap", student_softcap, low=0, open_low=True, optional=True, like=student_hidden)
+    checks.number("teacher_softcap", teacher_softcap, low=0, open_low=True, optional=True, like=student_hidden)
 
     def make(tensors: Any, wants: list[bool]) -> Any:
         return _of_heads(tensors, wants, (student_logit_scale, student_softcap, teacher_logit_scale, teacher_softcap))

@@ -120,7 +120,8 @@ def nst_loss(
     detach_teacher_term=False.
     """
     checks.choice("reduction", reduction, ("mean", "sum"))
-    checks.plain_number("eps", eps, positive=True)
+    checks.plain_number("eps", eps, low=0, open_low=True)
+    checks.flag("detach_teacher_term", detach_teacher_term)
     _pair(student, teacher)
     s, t = (x.flatten(2) for x in _resized("avg", student=student, teacher=teacher))
     n, channels, others, positions = s.shape[0], s.shape[1], t.shape[1], s.shape[2]
@@ -247,7 +248,7 @@ def ickd_loss(
     Against others: code in circulation divides by C N^2 or by C N, reduction="batchmean".
     """
     checks.choice("reduction", reduction, ("mean", "batchmean", "sum"))
-    checks.plain_number("eps", eps, positive=True)
+    checks.plain_number("eps", eps, low=0, open_low=True)
     s, t = _pair(student, teacher)
     _same_channels(s, t)
     n, channels = s.shape[0], s.shape[1]

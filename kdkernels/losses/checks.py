@@ -58,11 +58,18 @@ def tensors(name: str, x: Any) -> list[torch.Tensor]:
     return list(x)
 
 
-def integer(name: str, value: int) -> None:
-    if not isinstance(value, (int, torch.SymInt)):
+def integer(name: str, value: int, *, low: int = -(2**63)) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name} must fit into 64 bits, got {value}")
+    if isinstance(value, int) and not low <= value < 2**63:
+        least = f"be at least {low}" if value < low != -(2**63) else "fit into 64 bits"
+        raise ValueError(f"{name} must {least}, got {value}")
+
+
+def flag(name: str, value: bool) -> None:
+    """True or False and nothing like them: a tensor would be asked for its truth, and any word has one."""
+    if value is not True and value is not False:
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
 
 
 def scores(student_name: str, student: torch.Tensor, teacher_name: str, teacher: torch.Tensor, dim: int) -> int:
@@ -90,8 +97,12 @@ def scores(student_name: str, student: torch.Tensor, teacher_name: str, teacher:
 
 
 def number(name: str, value: Number | None, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False,
-           learnable: bool = False, optional: bool = False) -> None:  # fmt: skip
-    """A finite number, or a tensor with one element, within [low, high] (or above low); or None where that is a choice."""
+           learnable: bool = False, optional: bool = False, like: torch.Tensor | None = None) -> None:  # fmt: skip
+    """A finite number, or a tensor with one element, within [low, high] (or above low); or None where that is a choice.
+
+    Args:
+        like: what the loss is computed from; a tensor is there, or on the CPU.
+    """
     if type(value) is float and low < value < high:
         return  # nearly always; not taken for infinities and NaN
     if value is None and optional:
@@ -99,14 +110,21 @@ def number(name: str, value: Number | None, *, low: float = -math.inf, high: flo
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} must be a number or a tensor with one element, got shape {tuple(value.shape)}")
+        if value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(f"{name} must be a real number, got a tensor of {_name(value.dtype)}")
+        dense(name, value)
         if value.requires_grad and not learnable:
             raise ValueError(f"{name} gets no gradient here: pass {name}.detach()")
+        if value.device.type != "cpu" and isinstance(like, torch.Tensor) and value.device != like.device:
+            raise ValueError(f"{name} must be a number, or a tensor on {like.device} or the CPU, got {value.device}")
         if not _may_read(value):
             return
-    elif not isinstance(value, (int, float)) and not isinstance(value, (torch.SymFloat, torch.SymInt)):
+    elif isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name} must be a number or a tensor with one element, got {type(value).__name__}")
     elif torch.compiler.is_compiling():
         return  # a guard on the value would recompile whenever it is annealed
+    elif isinstance(value, int):
+        integer(name, int(value))
     x = float(value.detach() if isinstance(value, torch.Tensor) else value)
     if not math.isfinite(x) or not (low < x if open_low else low <= x) or x > high:
         if open_low and low == 0 and high == math.inf:
@@ -117,14 +135,34 @@ def number(name: str, value: Number | None, *, low: float = -math.inf, high: flo
         raise ValueError(f"{name} must be {'finite' if low == -math.inf else bounds}, got {x:g}")
 
 
-def items(num_items: Number | None) -> None:
+def items(num_items: Number | None, like: torch.Tensor | None = None) -> None:
     """A divisor: positive, or a tensor, which is 0 where no rank has any token."""
-    number("num_items", num_items, low=0, open_low=not isinstance(num_items, torch.Tensor), optional=True)
+    number("num_items", num_items, low=0, open_low=not isinstance(num_items, torch.Tensor), optional=True, like=like)
 
 
 def choice(name: str, value: str, options: tuple[str, ...]) -> None:
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(map(repr, options))}")
+
+
+def integers(
+    name: str, x: torch.Tensor | None, rows: tuple[int, ...], device: torch.device
+) -> torch.Tensor | None:  # fmt: skip
+    """A label of every row, whichever."""
+    if x is None:
+        return None
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    dense(name, x)
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name} must hold class indices (int64), got {_name(x.dtype)}")
+    if tuple(x.shape) != rows:
+        raise ValueError(
+            f"{name} must have the shape of the scores without the class axis, {rows}; got {tuple(x.shape)}"
+        )
+    if x.device != device:
+        raise ValueError(f"{name} must be on {device} with the scores, got {x.device}")
+    return x
 
 
 def labels_of(
@@ -133,19 +171,9 @@ def labels_of(
 ) -> torch.Tensor | None:  # fmt: skip
     """Labels of every row, as int64."""
     integer("ignore_index", ignore_index)
+    labels = integers(name, labels, rows, device)
     if labels is None:
         return None
-    if not isinstance(labels, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(labels).__name__}")
-    dense(name, labels)
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"{name} must hold class indices (int64), got {_name(labels.dtype)}")
-    if tuple(labels.shape) != rows:
-        raise ValueError(
-            f"{name} must have the shape of the scores without the class axis, {rows}; got {tuple(labels.shape)}"
-        )
-    if labels.device != device:
-        raise ValueError(f"{name} must be on {device} with the scores, got {labels.device}")
     labels = labels.long()
     if labels.numel() and _may_read(labels):
         low, high = (int(v) for v in labels.aminmax())
@@ -165,6 +193,8 @@ def per_row(name: str, x: torch.Tensor | None, rows: tuple[int, ...], device: to
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     dense(name, x)
+    if x.is_complex():
+        raise TypeError(f"{name} must be real numbers, got {_name(x.dtype)}")
     if tuple(x.shape) != rows:
         raise ValueError(
             f"{name} must have the shape of the scores without the class axis, {rows}; got {tuple(x.shape)}"
@@ -218,9 +248,16 @@ def indices(name: str, x: torch.Tensor, size: int) -> None:
             raise IndexError(f"{name} hold {low if low < 0 else high}, outside 0 to {size - 1}")
 
 
-def embeddings(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def positive(name: str, x: torch.Tensor) -> None:
+    if x.numel() and _may_read(x) and not bool((x > 0).all()):
+        raise ValueError(f"{name} must be positive, got {x.tolist()}")
+
+
+def embeddings(
+    student: torch.Tensor, teacher: torch.Tensor, names: tuple[str, str] = ("student", "teacher")
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Two tensors of the same samples; returns both as (N, D), D their own."""
-    for name, x in (("student", student), ("teacher", teacher)):
+    for name, x in zip(names, (student, teacher)):
         float_tensor(name, x)
         if x.dim() < 2:
             raise ValueError(
@@ -228,13 +265,13 @@ def embeddings(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tens
             )
     if student.shape[0] != teacher.shape[0]:
         raise ValueError(
-            f"student and teacher must hold the same samples: student has {student.shape[0]} and teacher {teacher.shape[0]}"
+            f"student and teacher must hold the same samples: {names[0]} has {student.shape[0]} and {names[1]} {teacher.shape[0]}"
         )
     if student.device != teacher.device:
         raise ValueError(
-            f"student and teacher must be on one device: student is on {student.device}, teacher on {teacher.device}"
+            f"student and teacher must be on one device: {names[0]} is on {student.device}, {names[1]} on {teacher.device}"
         )
-    return _features_of("student", student), _features_of("teacher", teacher)
+    return _features_of(names[0], student), _features_of(names[1], teacher)
 
 
 def batch(
@@ -270,9 +307,28 @@ def refusing(group: torch.distributed.ProcessGroup | None) -> contextlib.Abstrac
     """Round checks: where they fail on this rank of a group, the others fail too instead of waiting for it."""
     if group is None:
         return contextlib.nullcontext()
+    process_group(group)
     from kdkernels.distributed import batch
 
     return batch.refusing(group)
+
+
+def process_group(group: Any) -> None:
+    distributed = torch.distributed
+    if not distributed.is_available():
+        raise ValueError("group must be None: this torch has no torch.distributed")
+    if not isinstance(group, distributed.ProcessGroup):
+        if group is distributed.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("group must have this process in it: new_group said that it has not")
+        raise TypeError(f"group must be a process group of torch.distributed, got {type(group).__name__}")
+
+
+def meeting(group: Any) -> None:
+    """A group, or None for all ranks."""
+    if group is not None:
+        process_group(group)
+    elif not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        raise ValueError("group is all ranks by default, and there are none: call torch.distributed.init_process_group")
 
 
 def of_samples(name: str, x: Any, like: torch.Tensor) -> None:
@@ -288,6 +344,7 @@ def of_samples(name: str, x: Any, like: torch.Tensor) -> None:
 
 
 def ring(ring: bool, group: torch.distributed.ProcessGroup | None) -> None:
+    flag("ring", ring)
     if ring and group is None:
         raise ValueError("ring=True is how the ranks of a group meet: give a group")
 
@@ -299,8 +356,8 @@ def _features_of(name: str, x: torch.Tensor) -> torch.Tensor:
     return x if x.dim() == 2 else x.reshape(x.shape[0], features)
 
 
-def plain_number(name: str, value: float, *, positive: bool) -> None:
+def plain_number(name: str, value: float | None, **bounds: Any) -> None:
     """A number that reaches the kernels by value."""
     if isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a number, got a tensor")
-    number(name, value, low=0, open_low=positive)
+    number(name, value, **bounds)

@@ -164,6 +164,7 @@ def info_nce_distillation_loss(
     Returns, raises: as compress_loss.
     """
     checks.ring(ring, group)
+    checks.flag("symmetric", symmetric)
     operation = "info_nce_distillation_loss"
     student, teacher, samples = checks.batch(operation, student, teacher, group, gather=False, weight=weight)
     s, t = _normalized(student), _normalized(teacher)
@@ -175,7 +176,7 @@ def info_nce_distillation_loss(
         raise ValueError(
             f"{'symmetric' if symmetric else 'ring'} goes with the batch's negatives only: leave out queue"
         )
-    checks.number("temperature", temperature, low=0, open_low=True)
+    checks.number("temperature", temperature, low=0, open_low=True, like=s)
     scale = 1 / temperature
     if ring:
         return _info_nce_in_a_ring(s, t, samples, scale, symmetric, reduction, weight, backend)
@@ -224,8 +225,9 @@ def _call(
     backend: str,
     labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    checks.number("temperature", temperature, low=0, open_low=True)
-    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, optional=True)
+    checks.flag("scale_by_t2", scale_by_t2)
+    checks.number("temperature", temperature, low=0, open_low=True, like=student.hidden)
+    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, optional=True, like=student.hidden)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     weight = checks.per_row("weight", weight, tuple(student.hidden.shape[:1]), student.hidden.device)
     _check_chunk(chunk_bytes, student, teacher, kind)
@@ -345,9 +347,19 @@ def crd_loss(
         raise ValueError(
             f"indices must have shape ({s.shape[0]}, 1 + K), a sample's own and its negatives'; got {tuple(indices.shape)}"
         )
-    checks.number("temperature", temperature, low=0, open_low=True)
+    checks.same_device(student=student, indices=indices)
+    checks.number("temperature", temperature, low=0, open_low=True, like=student)
+    if normalizers is not None:
+        if not isinstance(normalizers, (tuple, list)) or len(normalizers) != 2:
+            raise TypeError(
+                f"normalizers must be two numbers, the student's and the teacher's; got {normalizers!r:.80}"
+            )
+        for i, z in enumerate(normalizers):
+            checks.number(f"normalizers[{i}]", z, low=0, open_low=True, like=student)
+    if dense is not None:
+        checks.flag("dense", dense)
     checks.choice("reduction", reduction, ("rowmean", "batchmean", "sum", "none"))
-    checks.number("eps", eps, low=0)
+    checks.plain_number("eps", eps, low=0)
     backends.resolve("crd_loss", (s, t), backend)
     n, negatives = student_bank.shape[0], indices.shape[1] - 1
     indices = indices.long()

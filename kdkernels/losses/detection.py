@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kdkernels import backends
+from kdkernels.features.capture import unwrapped
 from kdkernels.losses import checks
 from kdkernels.losses.features import SUPPORTED, adapted, as_wide, checked, hint_loss
 from kdkernels.losses.logits import kl_div
@@ -97,12 +98,22 @@ def _scale(
     if image_size is None:
         return None
     if not isinstance(image_size, torch.Tensor):
+        if not isinstance(image_size, (list, tuple)):
+            raise TypeError(f"image_size must be (height, width) or a tensor, got {type(image_size).__name__}")
         if len(image_size) != 2:
             raise ValueError(f"image_size must be (height, width), got {tuple(image_size)}")
         height, width = image_size
+        checks.plain_number("image_size[0]", height, low=0, open_low=True)
+        checks.plain_number("image_size[1]", width, low=0, open_low=True)
         return torch.tensor([size[1] / width, size[0] / height] * 2, dtype=torch.float64).reshape(1, 1, 4).to(device)
     if tuple(image_size.shape) not in ((2,), (batch, 2)):
         raise ValueError(f"image_size must be (height, width) or ({batch}, 2) of them, got {tuple(image_size.shape)}")
+    if image_size.is_complex() or image_size.dtype == torch.bool:
+        raise TypeError(f"image_size must be real numbers, got {image_size.dtype}")
+    checks.positive("image_size", image_size)
+    checks.dense("image_size", image_size)
+    if image_size.device.type not in ("cpu", device.type):
+        raise ValueError(f"image_size must be on {device} with the features, got {image_size.device}")
     own = image_size.to(device, torch.float32).reshape(-1, 2)
     factors = torch.tensor([size[1], size[0]], device=device) / own.flip(1)
     return torch.cat([factors, factors], 1).unsqueeze(1)
@@ -213,11 +224,11 @@ def fgd_loss(
         ("foreground_weight", foreground_weight), ("background_weight", background_weight),
         ("attention_weight", attention_weight), ("global_weight", global_weight),
     ):  # fmt: skip
-        checks.number(name, value)
-    if isinstance(temperature, torch.Tensor):
-        raise TypeError("temperature must be a number, got a tensor")
-    checks.number("temperature", temperature, low=0, open_low=True)
+        checks.number(name, value, like=student_features)
+    checks.plain_number("temperature", temperature, low=0, open_low=True)
     checks.float_tensor("teacher_features", teacher_features)
+    if global_context is not None and not isinstance(unwrapped(global_context), GlobalContext):
+        raise TypeError(f"global_context must be a GlobalContext, got {type(global_context).__name__}")
     s, t = adapted(adapter, student_features), teacher_features.detach()
     checked(s, t, 1)
     if s.dim() != 4:
@@ -302,62 +313,84 @@ def detection_distillation_loss(
         TypeError, BackendError: as kl_div and hint_loss.
     """
     checks.choice("box_loss", box_loss, ("smooth_l1", "giou"))
-    checks.number("beta", beta, low=0, open_low=True)
+    checks.plain_number("beta", beta, low=0, open_low=True)
     scores_s, scores_t = _joined("scores", student_scores, teacher_scores)
+    for name, value in (("class_weight", class_weight), ("box_weight", box_weight), ("feature_weight", feature_weight)):
+        checks.number(name, value, like=scores_s)
     if valid is not None:
         if not isinstance(student_scores, torch.Tensor):
             raise ValueError("valid goes with scores (N, M, V); of lists every detection counts")
         valid = checks.per_row("valid", valid, tuple(student_scores.shape[:-1]), student_scores.device)
         assert valid is not None
+    boxes = _matched_boxes(student_boxes, teacher_boxes, scores_s)
+    levels = _levels(student_features, teacher_features, adapters)
+    # Nothing was launched until here; what is left to check is kl_div's.
     if scores_s.shape[0]:
         loss = class_weight * kl_div(
             scores_s, scores_t, temperature=temperature, weight=None if valid is None else valid.reshape(-1),
             backend=backend,
         )  # fmt: skip
     else:
+        checks.number("temperature", temperature, low=0, open_low=True, learnable=True, like=scores_s)
         loss = scores_s.sum() * 0.0
-    if (student_boxes is None) != (teacher_boxes is None):
-        raise ValueError("student_boxes and teacher_boxes go together")
-    if student_boxes is not None and teacher_boxes is not None:
-        boxes_s, boxes_t = _joined("boxes", student_boxes, teacher_boxes)
-        if boxes_s.device != scores_s.device:
-            raise ValueError(f"student_boxes must be on {scores_s.device} with the scores, got {boxes_s.device}")
-        if boxes_s.shape != (scores_s.shape[0], 4):
-            raise ValueError(
-                f"there must be four coordinates for each of {scores_s.shape[0]} detections, got {tuple(boxes_s.shape)}"
-            )
-        wide = torch.promote_types(torch.promote_types(boxes_s.dtype, boxes_t.dtype), torch.float32)
-        boxes_s, boxes_t = boxes_s.to(wide), boxes_t.to(wide)
+    if boxes is not None:
         each = (
-            F.smooth_l1_loss(boxes_s, boxes_t, beta=beta, reduction="none").sum(1)
+            F.smooth_l1_loss(*boxes, beta=beta, reduction="none").sum(1)
             if box_loss == "smooth_l1"
-            else 1 - giou(boxes_s, boxes_t)
+            else 1 - giou(*boxes)
         )
         if valid is None:
             mean = sums.ordered_sum(each) / max(each.shape[0], 1)
         else:
-            keep = valid.reshape(-1).to(wide)
+            keep = valid.reshape(-1).to(each)
             count = sums.ordered_sum(keep)
             mean = sums.ordered_sum(each.where(keep != 0, 0.0) * keep) / count.where(count > 0, 1.0)
         loss = loss + box_weight * mean
-    student_features, teacher_features = (
-        [x] if isinstance(x, torch.Tensor) else x for x in (student_features, teacher_features)
-    )
-    for name, levels in (("student_features", student_features), ("teacher_features", teacher_features)):
-        if not isinstance(levels, torch.Tensor):  # whose first axis would do
-            checks.tensors(name, levels)
-    if len(student_features) != len(teacher_features):
-        raise ValueError(
-            f"there must be as many levels: student has {len(student_features)} and teacher {len(teacher_features)}"
-        )
-    if adapters and len(adapters) != len(student_features):
-        raise ValueError(f"there must be one adapter a level, {len(student_features)}; got {len(adapters)}")
-    for level, (s, t) in enumerate(zip(student_features, teacher_features, strict=True)):
-        adapter = adapters[level] if adapters else None
-        loss = loss + feature_weight * hint_loss(
-            s, t, adapter=adapter, backend=backend if backend in ("auto", *SUPPORTED) else "auto"
-        )
+    for s, t in levels:
+        loss = loss + feature_weight * hint_loss(s, t, backend=backend if backend in ("auto", *SUPPORTED) else "auto")
     return loss
+
+
+def _matched_boxes(
+    student: Boxes | None, teacher: Boxes | None, scores: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Boxes of all detections, (detections, 4), at least float32."""
+    if (student is None) != (teacher is None):
+        raise ValueError("student_boxes and teacher_boxes go together")
+    if student is None or teacher is None:
+        return None
+    s, t = _joined("boxes", student, teacher)
+    if s.device != scores.device:
+        raise ValueError(f"student_boxes must be on {scores.device} with the scores, got {s.device}")
+    if s.shape != (scores.shape[0], 4):
+        raise ValueError(
+            f"student_boxes must be four coordinates for each of {scores.shape[0]} detections, got {tuple(s.shape)}"
+        )
+    wide = torch.promote_types(torch.promote_types(s.dtype, t.dtype), torch.float32)
+    return s.to(wide), t.to(wide)
+
+
+def _levels(
+    student: torch.Tensor | Sequence[torch.Tensor], teacher: torch.Tensor | Sequence[torch.Tensor],
+    adapters: Sequence[nn.Module | None],
+) -> list[tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
+    """Pairs of maps, the student's adapted."""
+    students, teachers = checks.tensors("student_features", student), checks.tensors("teacher_features", teacher)
+    if len(students) != len(teachers):
+        raise ValueError(
+            f"there must be as many levels: student_features has {len(students)} and teacher_features {len(teachers)}"
+        )
+    if not isinstance(adapters, (list, tuple, nn.ModuleList)):
+        raise TypeError(f"adapters must be a sequence of modules, got {type(adapters).__name__}")
+    if len(adapters) not in (0, len(students)):
+        raise ValueError(f"adapters must be one for each of {len(students)} levels, or none; got {len(adapters)}")
+    pairs = []
+    for i, (s, t) in enumerate(zip(students, teachers)):
+        if len(adapters):
+            s = adapted(adapters[i], s, f"adapters[{i}]")
+        checked(s, t, 1)
+        pairs.append((s, t))
+    return pairs
 
 
 def _joined(

@@ -72,10 +72,12 @@ def dist_loss(
         rows = tuple(shape[:dim] + shape[dim + 1 :])
         weight = checks.per_row("weight", weight, rows, device)
         labels = checks.labels_of(labels, rows, classes, ignore_index, device)
-    checks.number("temperature", temperature, low=0, open_low=True)
-    checks.number("beta", beta)
-    checks.number("gamma", gamma)
-    checks.number("eps", eps, low=0, open_low=True)
+    checks.number("temperature", temperature, low=0, open_low=True, like=student_logits)
+    checks.number("beta", beta, like=student_logits)
+    checks.number("gamma", gamma, like=student_logits)
+    checks.plain_number("eps", eps, low=0, open_low=True)
+    checks.flag("scale_by_t2", scale_by_t2)
+    checks.flag("clamp_norms", clamp_norms)
     if group is not None:
         from kdkernels.distributed.batch import meet
 

@@ -37,6 +37,7 @@ def reverse_kl_div(
     The arguments, the result and the errors are kl_div's. Where the student has mass on a class whose teacher logit
     is -inf it is +inf.
     """
+    checks.flag("from_log_probs", from_log_probs)
     return row_divergence(
         "reverse_kl_div", Kind.REVERSE_KL, student_logits, teacher_logits, temperature=temperature,
         teacher_temperature=teacher_temperature, scale_by_t2=scale_by_t2, dim=dim, reduction=reduction, weight=weight,
@@ -71,7 +72,8 @@ def symmetric_kl_div(
 
     Against others: torchtune's ratio weighs the forward KL too, DistiLLM's the reverse one (pass 1 - ratio).
     """
-    checks.number("ratio", ratio, low=0, high=1)
+    checks.number("ratio", ratio, low=0, high=1, like=student_logits)
+    checks.flag("from_log_probs", from_log_probs)
     return row_divergence(
         "symmetric_kl_div", Kind.SYMMETRIC_KL, student_logits, teacher_logits, p0=ratio, temperature=temperature,
         teacher_temperature=teacher_temperature, scale_by_t2=scale_by_t2, dim=dim, reduction=reduction, weight=weight,
@@ -99,6 +101,7 @@ def js_div(
 
     At T = 1 a row's value lies between 0 and ln 2. The arguments, the result and the errors are kl_div's.
     """
+    checks.flag("from_log_probs", from_log_probs)
     return row_divergence(
         "js_div", Kind.JSD, student_logits, teacher_logits, p0=0.5, temperature=temperature,
         teacher_temperature=teacher_temperature, scale_by_t2=scale_by_t2, dim=dim, reduction=reduction, weight=weight,
@@ -136,7 +139,8 @@ def generalized_js_div(
     Against others: TRL's, Liger's and ms-swift's beta is this one, without T^2 (`scale_by_t2=False`); DistiLLM's lambda is
     the student's share (pass 1 - lambda).
     """
-    checks.number("beta", beta, low=0, high=1)
+    checks.number("beta", beta, low=0, high=1, like=student_logits)
+    checks.flag("from_log_probs", from_log_probs)
     return row_divergence(
         "generalized_js_div", Kind.JSD, student_logits, teacher_logits, p0=beta, temperature=temperature,
         teacher_temperature=teacher_temperature, scale_by_t2=scale_by_t2, dim=dim, reduction=reduction, weight=weight,
@@ -171,7 +175,8 @@ def skew_kl_div(
     Against others: DistiLLM's published code leaves the teacher's entropy out, which changes the value and not the
     student's gradient.
     """
-    checks.number("skew", skew, low=0, high=1)
+    checks.number("skew", skew, low=0, high=1, like=student_logits)
+    checks.flag("from_log_probs", from_log_probs)
     return row_divergence(
         "skew_kl_div", Kind.SKEW_KL, student_logits, teacher_logits, p0=skew, temperature=temperature,
         teacher_temperature=teacher_temperature, scale_by_t2=scale_by_t2, dim=dim, reduction=reduction, weight=weight,
@@ -204,7 +209,8 @@ def skew_reverse_kl_div(
 
     The other arguments, the result and the errors are kl_div's.
     """
-    checks.number("skew", skew, low=0, high=1)
+    checks.number("skew", skew, low=0, high=1, like=student_logits)
+    checks.flag("from_log_probs", from_log_probs)
     return row_divergence(
         "skew_reverse_kl_div", Kind.SKEW_REVERSE_KL, student_logits, teacher_logits, p0=skew, temperature=temperature,
         teacher_temperature=teacher_temperature, scale_by_t2=scale_by_t2, dim=dim, reduction=reduction, weight=weight,
@@ -235,6 +241,7 @@ def total_variation(
 
     Against others: Liger's takes probabilities, and has a derivative of -0.5 at ties.
     """
+    checks.flag("from_log_probs", from_log_probs)
     return row_divergence(
         "total_variation", Kind.TOTAL_VARIATION, student_logits, teacher_logits, temperature=temperature,
         teacher_temperature=teacher_temperature, scale_by_t2=scale_by_t2, dim=dim, reduction=reduction, weight=weight,
@@ -271,8 +278,9 @@ def alpha_beta_div(
     The other arguments, the result and the errors are kl_div's. Where one model has no mass on a class of the other it is
     +inf unless alpha and beta are both positive (or the limit is finite).
     """
-    checks.number("alpha", alpha)
-    checks.number("beta", beta)
+    checks.number("alpha", alpha, like=student_logits)
+    checks.number("beta", beta, like=student_logits)
+    checks.flag("from_log_probs", from_log_probs)
     return row_divergence(
         "alpha_beta_div", Kind.ALPHA_BETA, student_logits, teacher_logits, p0=alpha, p1=beta, temperature=temperature,
         teacher_temperature=teacher_temperature, scale_by_t2=scale_by_t2, dim=dim, reduction=reduction, weight=weight,
@@ -303,6 +311,7 @@ def soft_cross_entropy(
 
     Against others: torchtune calls this ForwardKL.
     """
+    checks.flag("from_log_probs", from_log_probs)
     return row_divergence(
         "soft_cross_entropy", Kind.SOFT_CROSS_ENTROPY, student_logits, teacher_logits, temperature=temperature,
         teacher_temperature=teacher_temperature, scale_by_t2=scale_by_t2, dim=dim, reduction=reduction, weight=weight,

@@ -55,7 +55,7 @@ def variational_information_loss(
         BackendError: the backend asked for cannot run here.
     """
     checks.choice("reduction", reduction, REDUCTIONS)
-    checks.number("eps", eps, low=0)
+    checks.plain_number("eps", eps, low=0)
     s, t = adapted(adapter, student_features), teacher_features
     dim = checked(s, t, dim)
     batch, channels = s.shape[0], s.shape[dim]
@@ -108,9 +108,9 @@ def pearson_feature_loss(
 
     Against others: the authors' code and mmrazor interpolate the student by default: resize="student".
     """
-    if resize not in (None, "student", "teacher"):
-        raise ValueError(f"resize must be 'student', 'teacher' or None, got {resize!r}")
-    checks.number("eps", eps, low=0)
+    if resize is not None:
+        checks.choice("resize", resize, ("student", "teacher"))
+    checks.plain_number("eps", eps, low=0)
     student, teacher = adapted(adapter, student_features), teacher_features
     if resize == "student" and student.dim() == 4 and student.shape[2:] != teacher.shape[2:]:
         student = F.interpolate(student, tuple(teacher.shape[2:]), mode="bilinear")
@@ -183,10 +183,17 @@ def hierarchical_context_loss(
     )
     if len(students) != len(teachers) or not students:
         raise ValueError(
-            f"there must be as many maps, at least one: student has {len(students)}, teacher {len(teachers)}"
+            "student_features and teacher_features must be as many maps, at least one; "
+            f"got {len(students)} and {len(teachers)}"
         )
+    if not isinstance(levels, (list, tuple)):
+        raise TypeError(f"levels must be a sequence of integers, got {type(levels).__name__}")
+    for i, level in enumerate(levels):
+        checks.integer(f"levels[{i}]", level)
     if any(a <= b for a, b in itertools.pairwise(levels)) or any(level < 1 for level in levels):
         raise ValueError(f"levels must fall and be at least 1, got {tuple(levels)}")
+    for s, t in zip(students, teachers):
+        checked(s, t, 1)
     total: Any = 0.0
     for s, t in zip(students, teachers, strict=True):
         s, t = as_wide(s, t)

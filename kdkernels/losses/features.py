@@ -61,27 +61,30 @@ class Adapter(nn.Module):
         return x.relu() if self.relu else x
 
 
-def checked(student: torch.Tensor, teacher: torch.Tensor, dim: int, *, same: str = "shape") -> int:
+def checked(
+    student: torch.Tensor, teacher: torch.Tensor, dim: int, *, same: str = "shape", suffix: str = "_features"
+) -> int:
     """The channels' axis of both features, not negative.
 
     Args:
         same: what they must share: "shape", "pixels" or "channels".
+        suffix: of their names, for messages.
     """
-    checks.float_tensor("student_features", student)
-    checks.float_tensor("teacher_features", teacher)
+    checks.float_tensor(f"student{suffix}", student)
+    checks.float_tensor(f"teacher{suffix}", teacher)
     if student.device != teacher.device:
         raise ValueError(
-            f"student and teacher must be on one device: student_features is on {student.device}, "
-            f"teacher_features on {teacher.device}"
+            f"student and teacher must be on one device: student{suffix} is on {student.device}, "
+            f"teacher{suffix} on {teacher.device}"
         )
     checks.integer("dim", dim)
     check = _shapes if torch.compiler.is_compiling() else _known_shapes  # sizes may be symbols
-    return check(student.shape, teacher.shape, dim, same)
+    return check(student.shape, teacher.shape, dim, same, suffix)
 
 
-def _shapes(s: torch.Size, t: torch.Size, dim: int, same: str) -> int:
-    what = f"student_features has shape {tuple(s)} and teacher_features {tuple(t)}"
-    for name, shape in (("student_features", s), ("teacher_features", t)):
+def _shapes(s: torch.Size, t: torch.Size, dim: int, same: str, suffix: str) -> int:
+    what = f"student{suffix} has shape {tuple(s)} and teacher{suffix} {tuple(t)}"
+    for name, shape in ((f"student{suffix}", s), (f"teacher{suffix}", t)):
         if len(shape) < 2:
             raise ValueError(f"{name} must be (N, C, ...), with a sample and a channel axis; got shape {tuple(shape)}")
     if len(s) != len(t):
@@ -92,7 +95,7 @@ def _shapes(s: torch.Size, t: torch.Size, dim: int, same: str) -> int:
     if s[0] != t[0]:
         raise ValueError(f"student and teacher must hold the same samples: {what}")
     if s[1:].numel() == 0 or t[1:].numel() == 0:
-        raise ValueError(f"features must have at least one channel and one pixel: {what}")
+        raise ValueError(f"there must be at least one channel and one pixel: {what}")
     if same != "pixels" and s[dim] != t[dim]:
         raise ValueError(
             f"channels differ, {s[dim]} against {t[dim]}: {what}; add an adapter, "
@@ -106,8 +109,16 @@ def _shapes(s: torch.Size, t: torch.Size, dim: int, same: str) -> int:
 _known_shapes = functools.lru_cache(maxsize=4096)(_shapes)
 
 
-def adapted(adapter: nn.Module | None, student: torch.Tensor) -> torch.Tensor:
-    return student if adapter is None else adapter(student)
+def adapted(adapter: nn.Module | None, student: torch.Tensor, name: str = "adapter") -> torch.Tensor:
+    """What an adapter makes of the student's features; any callable will do."""
+    if adapter is None:
+        return student
+    if not callable(adapter):
+        raise TypeError(f"{name} must be a module, got {type(adapter).__name__}")
+    features = adapter(student)
+    if not isinstance(features, torch.Tensor):
+        raise TypeError(f"{name} must make a tensor of the student's features, got {type(features).__name__}")
+    return features
 
 
 def share(x: torch.Tensor, reduction: str) -> float:
@@ -164,7 +175,8 @@ def hint_loss(
     """
     checks.choice("measure", measure, MEASURES)
     checks.choice("reduction", reduction, REDUCTIONS)
-    checks.number("beta", beta, low=0, open_low=True)
+    checks.plain_number("beta", beta, low=0, open_low=True)
+    checks.flag("normalize", normalize)
     if normalize and measure != "squared":
         raise ValueError(f"normalize goes with measure='squared' only, got {measure!r}")
     s, t = adapted(adapter, student_features), teacher_features
@@ -201,10 +213,10 @@ def _attention(
     mean: bool, distance: str, eps: float, add_eps: bool, backend: str,
 ) -> torch.Tensor:  # fmt: skip
     checks.choice("distance", distance, ("squared", "norm"))
-    for name, value, low in (("p", p, 1), ("eps", eps, 0)):
-        if isinstance(value, torch.Tensor):
-            raise TypeError(f"{name} must be a number, got a tensor")
-        checks.number(name, value, low=low)
+    checks.plain_number("p", p, low=1)
+    checks.plain_number("eps", eps, low=0)
+    checks.flag("signed", signed)
+    checks.flag("add_eps", add_eps)
     if signed and p != round(p):
         raise ValueError(f"signed takes an integer p, got {p:g}")
     backend = backends.resolve(operation, (student, teacher), backend, SUPPORTED)
@@ -279,6 +291,8 @@ def attention_transfer_loss(
     the norm of the sum: channels="sum", eps=1e-6, add_eps=True.
     """
     checks.choice("channels", channels, ("mean", "sum"))
+    checks.flag("pool", pool)
+    checks.integer("dim", dim)
     student, teacher = student_features, teacher_features
     if pool and dim == 1 and _is_image(student) and _is_image(teacher) and student.shape[2:] != teacher.shape[2:]:
         size = min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3])

@@ -76,12 +76,15 @@ def _kernel_matrix(
     return product if kernel == "linear" else (product + offset) ** degree
 
 
-def _check_kernel(kernel: str, gamma: float, degree: int, offset: float) -> None:
+def _check_kernel(
+    kernel: str, normalize: bool, gamma: float, degree: int, offset: float, squared: bool
+) -> None:  # fmt: skip
     checks.choice("kernel", kernel, KERNELS)
-    checks.plain_number("gamma", gamma, positive=True)
-    checks.plain_number("offset", offset, positive=False)
-    if not isinstance(degree, int) or degree < 1:
-        raise ValueError(f"degree must be a positive integer, got {degree!r}")
+    checks.plain_number("gamma", gamma, low=0, open_low=True)
+    checks.plain_number("offset", offset, low=0)
+    checks.integer("degree", degree, low=1)
+    checks.flag("normalize", normalize)
+    checks.flag("squared", squared)
 
 
 def global_structure_loss(
@@ -129,7 +132,7 @@ def global_structure_loss(
     Against others: efficient-gnns calls them "cosine" and "poly" (normalised), "l2" and "rbf" (both with normalize=False),
     and draws 8192 nodes where there are more: do so before.
     """
-    _check_kernel(kernel, gamma, degree, offset)
+    _check_kernel(kernel, normalize, gamma, degree, offset, squared)
     checks.choice("reduction", reduction, ("mean", "sum"))
     checks.ring(ring, group)
     student, teacher, samples = checks.batch("global_structure_loss", student, teacher, group, gather=not ring)
@@ -253,7 +256,7 @@ def local_structure_loss(
     calls them "cosine" (linear, normalize=True), "poly" (polynomial, normalize=True), "l2" (euclidean, squared=False) and
     "rbf" (gamma=0.5), its criterion "mse" included.
     """
-    _check_kernel(kernel, gamma, degree, offset)
+    _check_kernel(kernel, normalize, gamma, degree, offset, squared)
     checks.choice("divergence", divergence, ("kl", "mse"))
     checks.choice("reduction", reduction, ("nodes", "edges", "sum"))
     student, teacher, samples = checks.batch("local_structure_loss", student, teacher, group)
@@ -356,15 +359,16 @@ def graph_structure_loss(
         BackendError: the backend asked for cannot run here.
     """
     for name, value in (("sharpness", sharpness), ("temperature", temperature)):
-        checks.number(name, value, low=0, open_low=True)
-    checks.number("hop", hop, low=0)
+        checks.number(name, value, low=0, open_low=True, like=student)
+    checks.number("hop", hop, low=0, like=student)
     for name, value in (
         ("threshold", threshold), ("connectivity_weight", connectivity_weight), ("path_weight", path_weight),
     ):  # fmt: skip
-        checks.number(name, value)
+        checks.number(name, value, like=student)
+    checks.flag("normalize", normalize)
     checks.choice("kernel", kernel, ("linear", "rbf"))
-    checks.plain_number("gamma", gamma, positive=True)
-    checks.plain_number("beta", beta, positive=True)
+    checks.plain_number("gamma", gamma, low=0, open_low=True)
+    checks.plain_number("beta", beta, low=0, open_low=True)
     checks.choice("reduction", reduction, ("mean", "sum"))
     student, teacher, _ = checks.batch("graph_structure_loss", student, teacher, group)
     backend = backends.resolve("graph_structure_loss", (student, teacher), backend, closure.BACKENDS)

@@ -58,8 +58,8 @@ def _layers(
         raise ValueError(
             f"student_features and teacher_features must be equally many layers, at least one; got {len(students)} and {len(teachers)}"
         )
-    for s, t in zip(students, teachers):
-        checks.embeddings(s, t)
+    for i, (s, t) in enumerate(zip(students, teachers)):
+        checks.embeddings(s, t, (f"student_features[{i}]", f"teacher_features[{i}]"))
         if s.shape[0] != students[0].shape[0]:
             raise ValueError(f"all layers must hold the same samples, got {students[0].shape[0]} and {s.shape[0]}")
     return students, teachers
@@ -134,7 +134,9 @@ def instance_relation_graph_loss(
     for name, value in (
         ("vertex_weight", vertex_weight), ("edge_weight", edge_weight), ("transformation_weight", transformation_weight),
     ):  # fmt: skip
-        checks.number(name, value)
+        checks.number(name, value, like=student_features if isinstance(student_features, torch.Tensor) else None)
+    checks.flag("squared", squared)
+    checks.flag("detach_maximum", detach_maximum)
     with checks.refusing(group):
         student, teacher = _layers(student_features, teacher_features)
         if (student_logits is None) != (teacher_logits is None):
@@ -150,7 +152,11 @@ def instance_relation_graph_loss(
     if transformations is None:
         maps = [i for i, x in enumerate(student) if x.dim() == 4 == teacher[i].dim()]
         transformations = list(itertools.pairwise(maps))
-    for pair in transformations:
+    if not isinstance(transformations, (list, tuple)):
+        raise TypeError(f"transformations must be a sequence of pairs of layers, got {type(transformations).__name__}")
+    for i, pair in enumerate(transformations):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(layer, int) for layer in pair):
+            raise TypeError(f"transformations[{i}] must be a pair of layers' numbers, got {pair!r:.80}")
         if any(not 0 <= i < len(student) or student[i].dim() != 4 or teacher[i].dim() != 4 for i in pair):
             raise ValueError(f"transformations must join layers that are maps (N, C, H, W), got {tuple(pair)}")
     backend = backends.resolve("instance_relation_graph_loss", (*student, *teacher), backend)

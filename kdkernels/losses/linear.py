@@ -47,9 +47,10 @@ def _head(
         )
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"{names[2]} must have one value a class, shape ({weight.shape[0]},); got {tuple(bias.shape)}")
-    checks.number(f"{model}_logit_scale", scale, optional=True)
-    checks.number(f"{model}_softcap", softcap, low=0, open_low=True, optional=True)
+    checks.number(f"{model}_logit_scale", scale, optional=True, like=hidden)
+    checks.number(f"{model}_softcap", softcap, low=0, open_low=True, optional=True, like=hidden)
     if vocab_size is not None:
+        checks.integer("vocab_size", vocab_size)
         if not 1 <= vocab_size <= weight.shape[0]:
             raise ValueError(
                 f"vocab_size must be between 1 and the {weight.shape[0]} rows of {names[1]}, got {vocab_size}"
@@ -101,9 +102,13 @@ def _call(
     num_items: Number | None = None,
     chunk_bytes: int | None = None,
     class_weight: torch.Tensor | None = None,
+    scale_by_t2: bool = True,
+    compact: bool = False,
     **options: Any,
 ) -> torch.Tensor:
     """Validates what all linear losses have in common, and runs the operator."""
+    checks.flag("scale_by_t2", scale_by_t2)
+    checks.flag("compact", compact)
     checks.float_tensor("student_hidden", student_hidden)
     device = student_hidden.device
     student = _head("student", student_hidden, student_weight, student_bias, student_logit_scale, student_softcap,
@@ -121,9 +126,9 @@ def _call(
             f"student_weight has {classes} classes and teacher_weight {teacher.weight.shape[0]}: if the larger one is "
             "padded, pass the size of the vocabulary as vocab_size"
         )
-    checks.number("temperature", temperature, low=0, open_low=True)
-    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, optional=True)
-    checks.items(num_items)
+    checks.number("temperature", temperature, low=0, open_low=True, like=student_hidden)
+    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, optional=True, like=student_hidden)
+    checks.items(num_items, student_hidden)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     weight = checks.per_row("weight", weight, rows, device)
     labels = checks.labels_of(labels, rows, classes, ignore_index, device)
@@ -132,7 +137,8 @@ def _call(
     return linear_divergence(
         student, teacher, kind=kind, temperature=temperature, teacher_temperature=teacher_temperature,
         reduction=reduction, weight=weight, labels=labels, class_weight=class_weight, ignore_index=ignore_index,
-        num_items=num_items, chunk_bytes=chunk_bytes or 0, operation=operation, **options,
+        num_items=num_items, chunk_bytes=chunk_bytes or 0, operation=operation, scale_by_t2=scale_by_t2, compact=compact,
+        **options,
     )  # fmt: skip
 
 
@@ -279,7 +285,7 @@ def linear_generalized_js_div(
 
     Against others: Liger's LigerFusedLinearJSD is this with `scale_by_t2=False` and shifted labels.
     """
-    checks.number("beta", beta, low=0, high=1)
+    checks.number("beta", beta, low=0, high=1, like=student_hidden)
     return _call(
         "linear_generalized_js_div", Kind.JSD, student_hidden, student_weight, teacher_hidden, teacher_weight,
         student_bias=student_bias, teacher_bias=teacher_bias, student_logit_scale=student_logit_scale,
@@ -335,9 +341,9 @@ def linear_distillation_loss(
     Against others: Liger's LigerFusedLinearJSDLoss(weight_hard_loss=1 - a, weight_soft_loss=a) is this with
     `divergence="js"`, `scale_by_t2=False` and, on heads of one size, shifted labels.
     """
-    kind, (p0, p1) = _soft_term(divergence, divergence_options)
-    checks.number("alpha", alpha, low=0, high=1)
-    checks.number("label_smoothing", label_smoothing, low=0, high=1)
+    kind, (p0, p1) = _soft_term(divergence, divergence_options, student_hidden)
+    checks.number("alpha", alpha, low=0, high=1, like=student_hidden)
+    checks.plain_number("label_smoothing", label_smoothing, low=0, high=1)
     if labels is None:
         raise TypeError("labels must be a tensor; without labels use linear_kl_div")
     return _call(

@@ -73,11 +73,13 @@ def linear_topk_div(
     Gradients are made in the forward, with reduction="none" in the backward. Three products in all; beside them two tensors
     of a chunk's logits and the weight's gradient in float32 are all that is large.
     """
+    checks.flag("scale_by_t2", scale_by_t2)
+    checks.flag("compact", compact)
     treatment = _treatment(missing, divergence, teacher_values_are, min_log_prob, teacher_temperature)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
-    checks.number("temperature", temperature, low=0, open_low=True)
-    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, optional=True)
-    checks.items(num_items)
+    checks.number("temperature", temperature, low=0, open_low=True, like=student_hidden)
+    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, optional=True, like=student_hidden)
+    checks.items(num_items, student_hidden)
     checks.float_tensor("student_hidden", student_hidden)
     device = student_hidden.device
     head = _head("student", student_hidden, student_weight, student_bias, student_logit_scale, student_softcap, vocab_size,

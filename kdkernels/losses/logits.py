@@ -28,16 +28,20 @@ DIVERGENCES: dict[str, tuple[Kind, dict[str, float]]] = {
 }
 
 
-def _soft_term(divergence: str, options: Mapping[str, Number] | None) -> tuple[Kind, list[Number]]:
+def _soft_term(divergence: str, options: Mapping[str, Number] | None, like: torch.Tensor) -> tuple[Kind, list[Number]]:
     """The kind of a divergence and its parameters, checked."""
     checks.choice("divergence", divergence, tuple(DIVERGENCES))
     kind, defaults = DIVERGENCES[divergence]
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(f"divergence_options must be a dictionary, got {type(options).__name__}")
     for name, value in (options or {}).items():
         if name not in defaults:
-            raise ValueError(f"divergence {divergence!r} has no option {name!r}; it has {sorted(defaults) or 'none'}")
+            raise ValueError(
+                f"divergence_options: {divergence!r} has no option {name!r}; it has {sorted(defaults) or 'none'}"
+            )
         bounded = kind not in (Kind.ALPHA_BETA, Kind.DECOUPLED_KL)
         low, high = (0, 1) if bounded else (-math.inf, math.inf)
-        checks.number(name, value, low=low, high=high)
+        checks.number(f"divergence_options[{name!r}]", value, low=low, high=high, like=like)
     values: list[Number] = list({**defaults, **(options or {})}.values())
     return kind, (values + [0.0, 0.0])[:2]
 
@@ -94,6 +98,7 @@ def kl_div(
     Against others: Hugging Face examples, torchdistill's and mdistiller's KD are `reduction="batchmean"`; ModelOpt's
     default is `reduction="mean"`.
     """
+    checks.flag("from_log_probs", from_log_probs)
     return row_divergence(
         "kl_div", Kind.FORWARD_KL, student_logits, teacher_logits, temperature=temperature,
         teacher_temperature=teacher_temperature, scale_by_t2=scale_by_t2, dim=dim, reduction=reduction, weight=weight,
@@ -158,9 +163,9 @@ def distillation_loss(
 
     Against others: torchdistill's alpha weighs the cross-entropy (pass 1 - alpha).
     """
-    kind, (p0, p1) = _soft_term(divergence, divergence_options)
-    checks.number("alpha", alpha, low=0, high=1)
-    checks.number("label_smoothing", label_smoothing, low=0, high=1)
+    kind, (p0, p1) = _soft_term(divergence, divergence_options, student_logits)
+    checks.number("alpha", alpha, low=0, high=1, like=student_logits)
+    checks.plain_number("label_smoothing", label_smoothing, low=0, high=1)
     if labels is None:
         raise TypeError("labels must be a tensor; without labels use kl_div")
     return row_divergence(

@@ -106,9 +106,10 @@ def mutual_kl_div(
     many two-network versions (DML as in torch's `kl_div(..., reduction="batchmean")` both ways) are
     `reduction="batchmean"`.
     """
+    checks.flag("scale_by_t2", scale_by_t2)
     logits, one, dim = _peers(logits, dim)
-    checks.number("temperature", temperature, low=0, open_low=True)
-    checks.items(num_items)
+    checks.number("temperature", temperature, low=0, open_low=True, like=one)
+    checks.items(num_items, one)
     checks.choice("pairs", pairs, PAIRS)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     learners = logits.shape[0] if isinstance(logits, torch.Tensor) else len(logits)

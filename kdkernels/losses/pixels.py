@@ -49,6 +49,7 @@ def _patch(pool: float | int | None, height: int, width: int) -> tuple[int, int]
     if isinstance(pool, bool) or not isinstance(pool, (int, float)):
         raise TypeError(f"pool must be a fraction of the map, a patch's side or None, got {type(pool).__name__}")
     if isinstance(pool, int) and pool >= 1:
+        checks.integer("pool", pool)
         return pool, pool
     if isinstance(pool, int) or not 0 < pool <= 1:
         raise ValueError(f"pool must be a fraction of the map in (0, 1], or a positive integer, got {pool!r}")
@@ -92,6 +93,7 @@ def pairwise_structure_loss(
     none); CIRKD has pool=2, detach_norm=False.
     """
     checks.choice("reduction", reduction, ("mean", "sum"))
+    checks.flag("detach_norm", detach_norm)
     _maps(student_features, teacher_features)
     backend = backends.resolve("pairwise_structure_loss", (student_features, teacher_features), backend)
     patch = _patch(pool, *student_features.shape[2:])
@@ -140,10 +142,10 @@ def cross_image_relation_loss(
 
     Against others: CIRKD's CriterionMiniBatchCrossImagePair has these defaults, pool=2 with its pooling=True.
     """
-    checks.number("temperature", temperature, low=0, open_low=True)
+    checks.number("temperature", temperature, low=0, open_low=True, like=student_features)
     checks.choice("reduction", reduction, ("mean", "sum"))
-    if pool is not None and (not isinstance(pool, int) or isinstance(pool, bool) or pool < 1):
-        raise ValueError(f"pool must be a positive integer or None, got {pool!r}")
+    if pool is not None:
+        checks.integer("pool", pool, low=1)
     with checks.refusing(group):
         _maps(student_features, teacher_features)
     backend = backends.resolve("cross_image_relation_loss", (student_features, teacher_features), backend)

@@ -63,6 +63,7 @@ class _Distances:
         group: torch.distributed.ProcessGroup | None, ring: bool = False, **pairs: torch.Tensor | None,
     ):  # fmt: skip
         checks.ring(ring, group)
+        checks.flag("normalize", normalize)
         self.student, self.teacher, self.samples = checks.batch(
             operation, student, teacher, group, gather=not ring, **pairs
         )
@@ -185,12 +186,14 @@ def rkd_distance_loss(
     Against others: the authors' code, torchdistill, RepDistiller and mdistiller have these defaults (weighted by 1 in the
     first two and 25 in the others); mmrazor passes normalize=True (and 25).
     """
-    checks.plain_number("beta", beta, positive=True)
-    checks.plain_number("eps", eps, positive=False)
+    checks.plain_number("beta", beta, low=0, open_low=True)
+    checks.plain_number("eps", eps, low=0)
     checks.choice("reduction", reduction, pairwise.REDUCTIONS)
     distances = _Distances(
         "rkd_distance_loss", student, teacher, normalize, backend, group, ring, mask=mask, labels=labels
     )
+    checks.flag("squared", squared)
+    checks.flag("mean_normalize", mean_normalize)
     term = angles.Distances(beta, eps, squared, mean_normalize, reduction)
     return distances.terms(distances.pairs(mask, labels), term, None)[0]
 
@@ -234,7 +237,7 @@ def rkd_angle_loss(
     Against others: the authors' code, torchdistill, RepDistiller and mdistiller have these defaults (weighted by 2 in the
     first two and 50 in the others); mmrazor passes normalize=True (and 50).
     """
-    checks.plain_number("beta", beta, positive=True)
+    checks.plain_number("beta", beta, low=0, open_low=True)
     checks.choice("reduction", reduction, angles.REDUCTIONS)
     distances = _Distances("rkd_angle_loss", student, teacher, normalize, backend, group)
     return distances.terms(None, None, angles.Angles(beta, reduction))[0]
@@ -279,12 +282,14 @@ def rkd_loss(
     Against others: weights 1 and 2 in the authors' code and torchdistill; 25 and 50 in RepDistiller, mdistiller and
     mmrazor (the last with normalize=True).
     """
-    checks.number("distance_weight", distance_weight)
-    checks.number("angle_weight", angle_weight)
-    checks.plain_number("beta", beta, positive=True)
-    checks.plain_number("eps", eps, positive=False)
+    checks.number("distance_weight", distance_weight, like=student)
+    checks.number("angle_weight", angle_weight, like=student)
+    checks.plain_number("beta", beta, low=0, open_low=True)
+    checks.plain_number("eps", eps, low=0)
     checks.choice("reduction", reduction, angles.REDUCTIONS)
     distances = _Distances("rkd_loss", student, teacher, normalize, backend, group, mask=mask, labels=labels)
+    checks.flag("squared", squared)
+    checks.flag("mean_normalize", mean_normalize)
     term = angles.Distances(beta, eps, squared, mean_normalize, reduction)
     distance, angle = distances.terms(distances.pairs(mask, labels), term, angles.Angles(beta, reduction))
     return distance_weight * distance + angle_weight * angle
@@ -336,12 +341,11 @@ def hard_dark_rank_loss(
 
     Against others: the authors of RKD use alpha = 3 in the module and 2 in their training script, beta = 3, k = 4.
     """
-    checks.number("alpha", alpha, low=0, open_low=True)
-    checks.number("beta", beta, low=0, open_low=True)
-    checks.plain_number("eps", eps, positive=False)
+    checks.number("alpha", alpha, low=0, open_low=True, like=student)
+    checks.number("beta", beta, low=0, open_low=True, like=student)
+    checks.plain_number("eps", eps, low=0)
     checks.choice("reduction", reduction, ("mean", "sum", "none"))
-    if not isinstance(k, int) or k < 1:
-        raise ValueError(f"k must be a positive integer, got {k!r}")
+    checks.integer("k", k, low=1)
     checks.float_tensor("teacher", teacher)
     distances = _Distances("hard_dark_rank_loss", student, teacher.detach(), normalize, backend, group, ring)
     n, samples = distances.n, distances.samples

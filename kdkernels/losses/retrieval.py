@@ -53,8 +53,8 @@ def cosine_loss(
         BackendError: the backend asked for cannot run here.
     """
     checks.choice("reduction", reduction, REDUCTIONS)
-    checks.number("eps", eps, low=0)
-    dim = checked(student, teacher, dim)
+    checks.plain_number("eps", eps, low=0)
+    dim = checked(student, teacher, dim, suffix="")
     rows = list(student.shape)
     del rows[dim]
     backend = backends.resolve("cosine_loss", (student, teacher), backend, SUPPORTED)
@@ -102,7 +102,7 @@ def margin_ranking_loss(
     checks.choice("reduction", reduction, REDUCTIONS)
     if isinstance(margin, torch.Tensor):
         raise TypeError("margin must be a number, got a tensor")
-    checks.number("margin", margin)
+    checks.plain_number("margin", margin)
     checks.scores("logits", logits, "logits", logits, -1)
     classes = logits.shape[-1]
     given = checks.labels_of(labels, tuple(logits.shape[:-1]), classes, ignore_index, logits.device)

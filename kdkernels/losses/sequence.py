@@ -18,6 +18,7 @@ def _targets(
     sequence_weight: torch.Tensor | None, shift: bool, ignore_index: int, classes: int, device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """The token that each position is to predict, and its weight."""
+    checks.flag("shift", shift)
     if len(shape) != 2:
         raise ValueError(f"the student's positions must be (B, T), got {shape}")
     if tokens is None:
@@ -75,8 +76,8 @@ def sequence_loss(
     if student_logits.dim() == 0 or student_logits.shape[-1] == 0:
         raise ValueError(f"student_logits must be (B, T, V), got shape {tuple(student_logits.shape)}")
     checks.choice("reduction", reduction, ("rowmean", "batchmean", "sum", "none"))
-    checks.number("label_smoothing", label_smoothing, low=0, high=1)
-    checks.items(num_items)
+    checks.plain_number("label_smoothing", label_smoothing, low=0, high=1)
+    checks.items(num_items, student_logits)
     labels, weight = _targets(
         tokens, tuple(student_logits.shape[:-1]), completion_mask, sequence_weight, shift, ignore_index,
         student_logits.shape[-1], student_logits.device,
@@ -119,8 +120,9 @@ def linear_sequence_loss(
     student = _head("student", student_hidden, student_weight, student_bias, student_logit_scale, student_softcap,
                     vocab_size, device)  # fmt: skip
     checks.choice("reduction", reduction, ("rowmean", "batchmean", "sum", "none"))
-    checks.number("label_smoothing", label_smoothing, low=0, high=1)
-    checks.items(num_items)
+    checks.plain_number("label_smoothing", label_smoothing, low=0, high=1)
+    checks.items(num_items, student_hidden)
+    checks.flag("compact", compact)
     _check_chunk(chunk_bytes, student, None, Kind.FORWARD_KL)
     labels, weight = _targets(
         tokens, tuple(student_hidden.shape[:-1]), completion_mask, sequence_weight, shift, ignore_index,

@@ -79,7 +79,7 @@ def similarity_preserving_loss(
     reduction="batchmean" is "mean" here, anything else "sum".
     """
     checks.choice("norm", norm, ("l2", "l1"))
-    checks.plain_number("eps", eps, positive=True)
+    checks.plain_number("eps", eps, low=0, open_low=True)
     batch = _Batch("similarity_preserving_loss", student, teacher, reduction, backend, group, ring)
     return batch.match(kind=Kind.ROWS if norm == "l2" else Kind.ROWS_L1, scale=batch.scale, eps=eps)
 
@@ -118,7 +118,7 @@ def cosine_similarity_matrix_loss(
         TypeError: features that are not floating point.
         BackendError: the backend asked for cannot run here.
     """
-    checks.plain_number("eps", eps, positive=True)
+    checks.plain_number("eps", eps, low=0, open_low=True)
     batch = _Batch("cosine_similarity_matrix_loss", student, teacher, reduction, backend, group, ring)
     return batch.match(kind=Kind.LINEAR, normalize=Normalize.CLAMPED, scale=batch.scale, eps=eps)
 
@@ -183,11 +183,11 @@ def correlation_congruence_loss(
     """
     checks.choice("kernel", kernel, ("gaussian", "bilinear", "correlation", "neighbours"))
     checks.choice("distance", distance, ("squared", "frobenius"))
-    checks.plain_number("gamma", gamma, positive=True)
-    checks.plain_number("eps", eps, positive=True)
-    if not isinstance(order, int) or order < 0:
-        raise ValueError(f"order must be a non-negative integer, got {order!r}")
-    if ring and kernel == "neighbours":
+    checks.plain_number("gamma", gamma, low=0, open_low=True)
+    checks.plain_number("eps", eps, low=0, open_low=True)
+    checks.integer("order", order, low=0)
+    checks.flag("normalize", normalize)
+    if kernel == "neighbours" and ring is True:
         raise ValueError("kernel='neighbours' has no rows for ring=True: leave ring out")
     batch = _Batch("correlation_congruence_loss", student, teacher, reduction, backend, group, ring)
     if kernel == "neighbours":
@@ -264,7 +264,7 @@ def pkt_loss(
     Against others: the authors' code, RepDistiller, torchdistill and mdistiller have these defaults (the last two weigh
     it by 30000); Knowledge-Distillation-Zoo passes eps=1e-6.
     """
-    checks.plain_number("eps", eps, positive=True)
+    checks.plain_number("eps", eps, low=0, open_low=True)
     batch = _Batch("pkt_loss", student, teacher, reduction, backend, group, ring)
     return batch.match(kind=Kind.PROBABILITIES, normalize=Normalize.SHIFTED, scale=batch.scale, eps=eps)
 

@@ -100,14 +100,24 @@ def topk_div(
     "renormalize_both", with its tail option "tail"; verl's is "none", its clamp `min_log_prob`. These have no T^2
     (`scale_by_t2=False`).
     """
+    checks.flag("scale_by_t2", scale_by_t2)
     treatment = _treatment(missing, divergence, teacher_values_are, min_log_prob, teacher_temperature)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
-    checks.number("temperature", temperature, low=0, open_low=True, learnable=True)
-    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, learnable=True, optional=True)
-    checks.items(num_items)
+    checks.number("temperature", temperature, low=0, open_low=True, learnable=True, like=student_logits)
+    checks.number(
+        "teacher_temperature",
+        teacher_temperature,
+        low=0,
+        open_low=True,
+        learnable=True,
+        optional=True,
+        like=student_logits,
+    )
+    checks.items(num_items, student_logits)
     checks.float_tensor("student_logits", student_logits)
     if student_logits.dim() == 0 or student_logits.shape[-1] == 0:
         raise ValueError(f"student_logits must have at least one class, got shape {tuple(student_logits.shape)}")
+    checks.integer("dim", dim)
     if dim not in (-1, student_logits.dim() - 1):
         raise ValueError(f"dim must be the last axis (-1) for a sparse teacher, got {dim}")
     rows, classes, device = tuple(student_logits.shape[:-1]), student_logits.shape[-1], student_logits.device
@@ -165,7 +175,7 @@ def _treatment(
     if min_log_prob is not None:
         if missing != "none":
             raise ValueError(f"min_log_prob goes with missing='none' only, got missing={missing!r}")
-        checks.number("min_log_prob", min_log_prob, high=0)
+        checks.plain_number("min_log_prob", min_log_prob, high=0)
     return Treatment(missing, DIVERGENCES[divergence], min_log_prob)
 
 
@@ -279,6 +289,22 @@ def union_support(student_logits: torch.Tensor, teacher_indices: torch.Tensor, k
     Returns:
         int64 (..., min(j + k, V)): each class once, descending, then -1.
     """
+    checks.float_tensor("student_logits", student_logits)
+    if student_logits.dim() == 0:
+        raise ValueError("student_logits must have a class axis, got a 0-d tensor")
+    if not isinstance(teacher_indices, torch.Tensor) or teacher_indices.dtype != torch.int64:
+        kind = teacher_indices.dtype if isinstance(teacher_indices, torch.Tensor) else type(teacher_indices).__name__
+        raise TypeError(f"teacher_indices must be a tensor of int64, got {kind}")
+    checks.dense("teacher_indices", teacher_indices)
+    checks.same_device(student_logits=student_logits, teacher_indices=teacher_indices)
+    if student_logits.dim() != teacher_indices.dim() or student_logits.shape[:-1] != teacher_indices.shape[:-1]:
+        raise ValueError(
+            "student_logits and teacher_indices must have the same rows: "
+            f"{tuple(student_logits.shape)} and {tuple(teacher_indices.shape)}"
+        )
+    checks.integer("k", k, low=0)
+    if k > student_logits.shape[-1]:
+        raise ValueError(f"k must be at most the number of classes, {student_logits.shape[-1]}, got {k}")
     both = torch.cat([teacher_indices, student_logits.topk(k, -1).indices], -1).sort(-1).values
     again = torch.cat([torch.zeros_like(both[..., :1], dtype=torch.bool), both[..., 1:] == both[..., :-1]], -1)
     classes = student_logits.shape[-1]
@@ -327,10 +353,13 @@ def uld_loss(
     """
     checks.float_tensor("student_logits", student_logits)
     checks.float_tensor("teacher_logits", teacher_logits)
+    checks.flag("scale_by_t2", scale_by_t2)
+    checks.integer("dim", dim)
+    checks.integer("ignore_index", ignore_index)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
-    checks.number("temperature", temperature, low=0, open_low=True)
-    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, optional=True)
-    checks.items(num_items)
+    checks.number("temperature", temperature, low=0, open_low=True, like=student_logits)
+    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, optional=True, like=student_logits)
+    checks.items(num_items, student_logits)
     shapes = f"student_logits has shape {tuple(student_logits.shape)} and teacher_logits {tuple(teacher_logits.shape)}"
     if student_logits.dim() == 0 or student_logits.dim() != teacher_logits.dim():
         raise ValueError(f"student and teacher must have the same rows and a class axis: {shapes}")
@@ -347,8 +376,7 @@ def uld_loss(
         )
     rows, device = tuple(student_logits.shape[:-1]), student_logits.device
     weight = checks.per_row("weight", weight, rows, device)
-    if labels is not None and (tuple(labels.shape) != rows or labels.is_floating_point()):
-        raise ValueError(f"labels must be integers of the shape of the rows, {rows}; got {tuple(labels.shape)}")
+    labels = checks.integers("labels", labels, rows, device)
     backend = backends.resolve("uld_loss", (student_logits, teacher_logits), backend)
     dtype = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
     w = None if weight is None else weight.to(dtype)

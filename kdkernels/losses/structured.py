@@ -50,9 +50,10 @@ def decoupled_kd_loss(
     The other arguments, the result and the errors are distillation_loss's. The cross-entropy with the labels is not in
     it: `distillation_loss(..., divergence="decoupled_kl")` has both in one pass.
     """
-    checks.number("alpha", alpha)
-    checks.number("beta", beta)
-    checks.number("warmup_epochs", warmup_epochs, low=0, open_low=True)
+    checks.number("alpha", alpha, like=student_logits)
+    checks.number("beta", beta, like=student_logits)
+    checks.plain_number("warmup_epochs", warmup_epochs, low=0, open_low=True)
+    checks.plain_number("epoch", epoch, low=0, optional=True)
     if labels is None:
         raise TypeError("labels must be a tensor: the label's class is what is decoupled")
     return row_divergence(
@@ -186,7 +187,7 @@ def lwf_loss(
     Raises:
         ValueError, TypeError, BackendError: as kl_div.
     """
-    checks.number("uniform", uniform, low=0)
+    checks.plain_number("uniform", uniform, low=0)
     checks.scores("student_logits", student_logits, "teacher_logits", teacher_logits, dim)
     classes = student_logits.shape[dim]
     return row_divergence(
@@ -233,11 +234,11 @@ def auxiliary_heads_loss(
         ValueError, TypeError, IndexError, BackendError: as distillation_loss; ValueError also for feature maps that differ.
     """
     if not isinstance(head_logits, torch.Tensor):
-        head_logits = torch.stack(checks.tensors("head_logits", head_logits))
+        head_logits = _stacked("head_logits", head_logits)
     checks.float_tensor("head_logits", head_logits)
     checks.float_tensor("teacher_logits", teacher_logits)
-    checks.number("alpha", alpha, low=0, high=1)
-    checks.number("beta", beta, low=0)
+    checks.number("alpha", alpha, low=0, high=1, like=teacher_logits)
+    checks.number("beta", beta, low=0, like=teacher_logits)
     if head_logits.dim() < 2 or head_logits.shape[1:] != teacher_logits.shape:
         raise ValueError(
             "head_logits must be (M, *teacher_logits.shape): they have shapes "
@@ -246,13 +247,14 @@ def auxiliary_heads_loss(
     if not isinstance(labels, torch.Tensor):
         raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
     checks.dense("labels", labels)
-    checks.items(num_items)
+    checks.items(num_items, teacher_logits)
     if tuple(labels.shape) != tuple(teacher_logits.shape[:-1]):
         raise ValueError(
             f"labels must have the shape of teacher_logits without the class axis, {tuple(teacher_logits.shape[:-1])}; "
             f"got {tuple(labels.shape)}"
         )
     heads = head_logits.shape[0]
+    features = _features_of_heads(head_features, teacher_feature, head_logits.device)
     # The mean over M N rows, M times: summed over heads, averaged over rows.
     loss = row_divergence(
         "auxiliary_heads_loss", Kind.SOFT_CROSS_ENTROPY, head_logits, teacher_logits.detach().expand_as(head_logits),
@@ -260,18 +262,50 @@ def auxiliary_heads_loss(
         teacher_temperature=None, dim=-1, reduction="rowmean", weight=None, labels=labels.expand(heads, *labels.shape),
         ignore_index=ignore_index, num_items=None if num_items is None else num_items * heads, backend=backend,
     )  # fmt: skip
-    if head_features and teacher_feature is None:
-        raise ValueError("head_features need a teacher_feature to be compared with")
-    for k, feature in enumerate(head_features):
-        assert teacher_feature is not None
+    for feature in features:
+        target = teacher_feature.detach()  # type: ignore[union-attr]
+        difference = torch.where((feature > 0) | (target > 0), feature - target, 0.0)
+        loss = loss + beta * difference.float().square().sum()
+    return loss
+
+
+def _stacked(name: str, given: Sequence[torch.Tensor]) -> torch.Tensor:
+    members = checks.tensors(name, given)
+    if not members:
+        raise ValueError(f"{name} must have at least one member, got none")
+    for i, x in enumerate(members):
+        checks.float_tensor(f"{name}[{i}]", x)
+        if x.shape != members[0].shape or x.device != members[0].device:
+            raise ValueError(
+                f"{name} must be alike: {name}[0] is {tuple(members[0].shape)} on {members[0].device}, "
+                f"{name}[{i}] {tuple(x.shape)} on {x.device}"
+            )
+    return torch.stack(members)
+
+
+def _features_of_heads(
+    head_features: Sequence[torch.Tensor], teacher_feature: torch.Tensor | None, device: torch.device
+) -> list[torch.Tensor]:
+    """Maps of the teacher's shape."""
+    features = checks.tensors("head_features", head_features)
+    if teacher_feature is None:
+        if features:
+            raise ValueError("head_features need a teacher_feature to be compared with")
+        return features
+    checks.float_tensor("teacher_feature", teacher_feature)
+    if teacher_feature.device != device:
+        raise ValueError(f"teacher_feature must be on {device} with the scores, got {teacher_feature.device}")
+    for k, feature in enumerate(features):
+        checks.float_tensor(f"head_features[{k}]", feature)
         if feature.shape != teacher_feature.shape:
             raise ValueError(
                 f"head_features[{k}] has shape {tuple(feature.shape)} and teacher_feature {tuple(teacher_feature.shape)}"
             )
-        target = teacher_feature.detach()
-        difference = torch.where((feature > 0) | (target > 0), feature - target, 0.0)
-        loss = loss + beta * difference.float().square().sum()
-    return loss
+        if feature.device != teacher_feature.device:
+            raise ValueError(
+                f"head_features[{k}] is on {feature.device} and teacher_feature on {teacher_feature.device}"
+            )
+    return features
 
 
 class DecoupledKDLoss(LossModule):

@@ -257,6 +257,7 @@ def row_divergence(
     float16 it would underflow (1/N times a probability difference), so there, for one loss a row, and for a learnable
     temperature, the backward reads the logits again.
     """
+    checks.flag("scale_by_t2", scale_by_t2)
     if labels is not None or weight is not None or class_weight is not None:
         axis = checks.scores(f"student_{what}", student, f"teacher_{what}", teacher, dim)
         rows, classes = tuple(student.shape[:axis] + student.shape[axis + 1 :]), student.shape[axis]
@@ -340,9 +341,11 @@ def _plan(
     scale_by_t2, reduction, masked, label_smoothing, num_items, p0, p1, backend,
 ) -> Plan:  # fmt: skip
     dim = checks.scores(f"student_{what}", student, f"teacher_{what}", teacher, dim)
-    checks.number("temperature", temperature, low=0, open_low=True, learnable=True)
-    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, learnable=True, optional=True)
-    checks.items(num_items)
+    checks.number("temperature", temperature, low=0, open_low=True, learnable=True, like=student)
+    checks.number(
+        "teacher_temperature", teacher_temperature, low=0, open_low=True, learnable=True, optional=True, like=student
+    )
+    checks.items(num_items, student)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     checks.integer("ignore_index", ignore_index)
     backend = backends.resolve(operation, (student, teacher), backend)
