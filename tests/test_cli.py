@@ -128,5 +128,9 @@ def test_help_and_version_do_not_import_the_commands():
 
 
 def test_tables():
+    assert console.without_empty(["a", "b", "c"], [["1", "", ""], ["", "", "2"]]) == (
+        ["a", "c"],
+        [["1", ""], ["", "2"]],
+    )
     assert console.plain_table(["a", "bb"], [["1", "2"], ["333", ""]]) == "a    bb\n---  --\n1    2\n333"
     assert console.markdown_table(["a"], [["x|y"]]) == "| a |\n| --- |\n| x\\|y |\n"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kdkernels.bench.results import describe_environment, duration, ratio, size
-from kdkernels.cli.console import markdown_table
+from kdkernels.cli.console import markdown_table, without_empty
 from kdkernels.losses.module import LossModule
 from kdkernels.ops.registry import specs
 
@@ -133,9 +133,7 @@ def bench_table(files: list[dict[str, Any]]) -> str:
             continue
         columns = ("loss", "shape", "dtype", "backend", "time", "over eager", "over torch.compile", "over the best peer",
                    "of the bandwidth floor", "extra memory (eager)")  # fmt: skip
-        used = [i for i in range(len(columns)) if any(row[i] for row in rows)]
-        table = markdown_table([columns[i] for i in used], [[row[i] for i in used] for row in rows])
-        parts.append(f"{measured_on(contents)}:\n\n{table}")
+        parts.append(f"{measured_on(contents)}:\n\n{markdown_table(*without_empty(columns, rows))}")
     if not parts:
         return "No result file is committed yet.\n"
     return (

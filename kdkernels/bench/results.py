@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdkernels.bench.environment import write_json
-from kdkernels.cli.console import markdown_table, print_table
+from kdkernels.cli.console import markdown_table, print_table, without_empty
 
 SCHEMA = 1
 FORMATS = ("json", "csv", "md", "png")
@@ -94,8 +94,9 @@ def absent(records: list[Record]) -> str:
 
 def print_records(records: list[Record], title: str) -> None:
     rows = shown(records)
-    print_table(title, COLUMNS, [line(r) for r in rows], [r["status"] == "failed" for r in rows])
-    print(absent(records))
+    print_table(title, *without_empty(COLUMNS, [line(r) for r in rows]), [r["status"] == "failed" for r in rows])
+    if missing := absent(records):
+        print(missing)
 
 
 def describe_environment(environment: Record) -> str:
@@ -103,7 +104,8 @@ def describe_environment(environment: Record) -> str:
     parts = [environment["device"], environment["date"], f"torch {environment['torch']}"]
     parts += [f"{k} {environment[k]}" for k in ("triton", "driver", "nvcc") if environment.get(k)]
     if environment["device_type"] == "cpu":
-        parts.append(f"{environment['threads']} threads")
+        threads = environment["threads"]
+        parts.append(f"{threads} thread{'s' if threads > 1 else ''}")
     parts += [f"commit {environment['commit']}"] if environment.get("commit") else []
     return ", ".join(parts)
 

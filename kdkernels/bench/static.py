@@ -20,6 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from kdkernels.cli.console import print_table
+
 TARGETS = ("cuda:80", "cuda:90", "hip:gfx942")
 MAX_SPILL = 32  # bytes a thread: a few scalars set aside, never a tile
 
@@ -173,22 +175,15 @@ def failed(row: dict[str, Any]) -> bool:
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="Kernels as compiled (bytes; spill a thread; widest global load and store)")
     columns = ("target", "name", "warps", "registers", "spill", "shared", "load", "store")
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("target", "name") else "right", overflow="fold")
-    for row in rows:
-        cells = [str(row.get(c, "")) for c in columns]
-        cells[1] = f"{row['family']}: {cells[1]}"
-        table.add_row(*cells, style="red" if failed(row) else None)
-    console = Console()
-    console.print(table)
+    cells = [[str(row.get(c, "")) for c in columns] for row in rows]
+    for line, row in zip(cells, rows):
+        line[1] = f"{row['family']}: {line[1]}"
+    title = "Kernels as compiled (bytes; spill a thread; widest global load and store)"
+    print_table(title, columns, cells, [failed(row) for row in rows])
     for row in rows:
         if "error" in row:
-            console.print(f"{row['target']} {row['family']}: {row['name']}: {row['error']}", style="red", markup=False)
+            print(f"{row['target']} {row['family']}: {row['name']}: {row['error']}")
 
 
 def main(argv: list[str] | None = None) -> int:

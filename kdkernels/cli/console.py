@@ -20,6 +20,12 @@ class UsageError(ValueError):
     """An argument that a command cannot work with; said in one line, without a traceback."""
 
 
+def without_empty(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """The same table less the columns in which no row has anything."""
+    used = [i for i in range(len(columns)) if any(row[i] for row in rows)]
+    return [columns[i] for i in used], [[row[i] for i in used] for row in rows]
+
+
 def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns padded with spaces."""
     widths = [max(map(len, column)) for column in zip(columns, *rows)] if rows else [len(c) for c in columns]

@@ -114,7 +114,7 @@ def collect() -> dict[str, Any]:
 
 def _text(info: dict[str, Any]) -> None:
     built = info["native"]
-    extension = f"CPU kernels for {built['cpu_target']}" if built["built"] else "not built"
+    extension = f"CPU kernels for {built['cpu_target'].removeprefix('cpu.')}" if built["built"] else "not built"
     extension += f", CUDA kernels for {built['cuda_archs']}" if built["cuda_archs"] else ", no CUDA kernels"
     openmp = ", ".join(Path(p).name for p in info["openmp"] or []) or "none found"
     if info["second_thread_pool"]:
