@@ -184,6 +184,6 @@ class KLDivLoss(LossModule):
 
 
 class DistillationLoss(LossModule):
-    """`distillation_loss` as a module: DistillationLoss()(student_logits, teacher_logits, labels, 4.0, 0.9)."""
+    """`distillation_loss` as a module: DistillationLoss(temperature=4.0, alpha=0.9)(student_logits, teacher_logits, labels)."""
 
     function = staticmethod(distillation_loss)

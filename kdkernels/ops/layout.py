@@ -83,3 +83,9 @@ def rows(dim: int, *tensors: torch.Tensor | None) -> list[View | None]:
     if copies:
         tensors = tuple(x if x is None or not split.copied else x.contiguous() for x, split in zip(tensors, splits))
     return [None if x is None else View(x, split[0], split[1]) for x, split in zip(tensors, splits)]
+
+
+def flat(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """One value a row, or a class, as kernels walk it: without strides, and without a gradient."""
+    # A view of a slice is still a slice.
+    return None if x is None else x.detach().reshape(-1).to(dtype).contiguous()

@@ -185,11 +185,6 @@ def dist(
     if scale_by_t2:
         beta, gamma = beta * temperature**2, gamma * temperature**2
     return Dist.apply(
-        student, teacher, _flat(labels, torch.int64), _flat(weight, torch.float32), pack((temperature, beta, gamma, eps)),
+        student, teacher, layout.flat(labels, torch.int64), layout.flat(weight, torch.float32), pack((temperature, beta, gamma, eps)),
         (clamp, ignore_index, dim % student.dim(), backend),
     )  # fmt: skip
-
-
-def _flat(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    # The kernels walk these without strides, and a view of a slice is still a slice.
-    return None if x is None else x.detach().reshape(-1).to(dtype).contiguous()

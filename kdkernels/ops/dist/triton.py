@@ -7,7 +7,6 @@ is left out at compile time.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ import triton
 import triton.language as tl
 
 from kdkernels.native import View
-from kdkernels.ops.triton_util import cast
+from kdkernels.ops.triton_util import cast, on, power
 
 TILE = 2048  # elements a program holds of each model at a time
 COLUMNS = 32  # classes of a column program
@@ -349,18 +348,10 @@ def gradient_kernel(
             tl.store(to, cast(g, dt.dtype.element_ty), mask=here)
 
 
-def _power(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
 def _plan(classes: int) -> dict[str, int]:
-    C = min(_power(classes), TILE)
+    C = min(power(classes), TILE)
     R = max(TILE // C // 2, 1)
     return {"R": R, "C": C, "num_warps": min(max(R * C // 256, 1), 8)}
-
-
-def _on(x: torch.Tensor) -> Any:
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
 def _unpack(scalars: torch.Tensor) -> tuple[torch.Tensor | None, list[float]]:
@@ -384,7 +375,7 @@ def forward(
     share, blocks = triton.cdiv(rows, chunks), triton.cdiv(V, COLUMNS)
     tile = _plan(V)
     moments, parts = scratch[2 * chunks * V :], scratch[5 * chunks * V :]
-    with _on(s):
+    with on(s.device):
         count_kernel[(1,)](labels, weight, sums, rows, V, ignore_index, B=BLOCK)
         row_kernel[(triton.cdiv(rows, tile["R"]),)](
             s,
@@ -427,7 +418,7 @@ def backward(
     pointer, (temperature, beta, gamma, _) = _unpack(scalars)
     strides = [x for view in (student, teacher, ds, dt) for x in (view.stride if view is not None else (0, 0, 0))]
     tile = _plan(V)
-    with _on(student.tensor):
+    with on(student.tensor.device):
         gradient_kernel[(triton.cdiv(rows, tile["R"]),)](
             student.tensor, teacher.tensor, labels, weight, pointer, stats, columns, sums, upstream,
             ds.tensor if ds is not None else None, dt.tensor if dt is not None else None,

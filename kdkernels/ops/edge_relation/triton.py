@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kdkernels.ops.pairwise_distance.triton import on, signature
+from kdkernels.ops.triton_util import on, signature
 
 EDGES, FEATURES = 32, 32  # of a program's tile
 NEIGHBOURS, WIDTH = 8, 128  # edges of a node at a time, features of a program

@@ -17,8 +17,7 @@ import triton.language as tl
 
 from kdkernels.ops.gram_match.kinds import Kind, Normalize
 from kdkernels.ops.gram_match.native import splits_of
-from kdkernels.ops.pairwise_distance.triton import on, signature
-from kdkernels.ops.triton_util import INTERPRETED
+from kdkernels.ops.triton_util import INTERPRETED, on, signature
 
 TILE, DEPTH = 64, 32  # outputs on a side of a tile, products of an output at a time
 GRADIENT_DEPTH = 16  # of the gradient, which has both models' weights to make: deeper ones do not fit the registers

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kdkernels.ops.pairwise_distance.triton import on, signature
+from kdkernels.ops.triton_util import on, signature
 
 BLOCK = 16  # vertices at a time
 TILE = 16  # pairs on a side of a program's tile

@@ -8,6 +8,7 @@ import torch
 
 from kdkernels import backends
 from kdkernels.native import View
+from kdkernels.ops.layout import flat
 from kdkernels.ops.library import define, first_order
 from kdkernels.ops.linear_divergence import reference
 from kdkernels.ops.linear_divergence.heads import (
@@ -21,7 +22,7 @@ from kdkernels.ops.linear_divergence.heads import (
     view,
 )
 from kdkernels.ops.row_divergence.kinds import STATS, Inputs, Kind
-from kdkernels.ops.row_divergence.op import COUNT_CE, COUNT_KD, _flat, _given_divisors, _kernels, _terms
+from kdkernels.ops.row_divergence.op import COUNT_CE, COUNT_KD, _given_divisors, _kernels, _terms
 from kdkernels.ops.scalars import Number
 
 _NOBODY: Any = Head(None, None)  # type: ignore[arg-type]
@@ -243,8 +244,8 @@ def linear_divergence(
     )  # fmt: skip
     hard = ce_weight is not None
     divisors = _given_divisors(num_items, reduction, scores.device)
-    labels, weight = _flat(labels, torch.int64), _flat(weight, torch.float32)
-    class_weight = _flat(class_weight, torch.float32)
+    labels, weight = flat(labels, torch.int64), flat(weight, torch.float32)
+    class_weight = flat(class_weight, torch.float32)
     if divisors is not None:
         divisors = divisors.contiguous()
     if count:

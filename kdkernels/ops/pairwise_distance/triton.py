@@ -6,14 +6,11 @@ without the context. Totals go through one partial sum a program, added in their
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
-from kdkernels.ops.triton_util import cast
+from kdkernels.ops.triton_util import cast, on, signature
 
 TILE, FEATURES = 32, 16  # samples on a side of a tile of pairs, features at a time
 STRIP, PARTNERS, WIDTH = 16, 16, 64  # samples, partners and features of a tile of the gradient
@@ -196,10 +193,6 @@ def match_kernel(
         tl.store(dt + at, h, mask=inside)
 
 
-def on(device: torch.device) -> Any:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 def forward(x: torch.Tensor, hi: torch.Tensor, lo: torch.Tensor | None) -> None:
     """The entry pairwise_distance_forward."""
     n, features = x.shape
@@ -249,25 +242,6 @@ def match(
             student, teacher, mask, sums, sums[1], loss, ds, dt, n, eps, beta, 1.0 / (n * n) if reduction == 0 else 1.0,
             REDUCTION=reduction, **options, NORMALIZE=bool(normalize),
         )  # fmt: skip
-
-
-def signature(
-    name: str, kernel: Any, pointers: dict[str, str | None], floats: tuple[str, ...], warps: int = 4, **constexprs: Any
-):
-    """One compilation for kdkernels.bench.static: pointers by type (None leaves one out), the rest int32."""
-    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(floats, "fp32")
-    types |= {n: t for n, t in pointers.items() if t}
-    constexprs |= {n: None for n, t in pointers.items() if t is None}
-    types |= dict.fromkeys(constexprs, "constexpr")
-    return {
-        "name": name,
-        "kernel": kernel,
-        "signature": types,
-        "constexprs": constexprs,
-        "divisible": [n for n, t in types.items() if t.startswith("*") or n in ("n", "features", "row", "out_row")],
-        "num_warps": warps,
-        "num_stages": 3,
-    }
 
 
 def aot_signatures() -> list[dict]:

@@ -249,11 +249,6 @@ def peer_divergence(
     if scale_by_t2:
         factor = factor * (temperature.detach() if isinstance(temperature, torch.Tensor) else temperature) ** 2
     return PeerDivergence.apply(
-        _flat(labels, torch.int64), _flat(weight, torch.float32), pack((temperature, factor)), divisor,
+        layout.flat(labels, torch.int64), layout.flat(weight, torch.float32), pack((temperature, factor)), divisor,
         (count, ignore_index, dim, reduction == "none", stacked, backend), *tensors,
     )  # fmt: skip
-
-
-def _flat(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    # The kernels walk these without strides, and a view of a slice is still a slice.
-    return None if x is None else x.detach().reshape(-1).to(dtype).contiguous()

@@ -6,7 +6,6 @@ two, so that a sum over peers is a sum along an axis. An optional argument that 
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ import triton
 import triton.language as tl
 
 from kdkernels.native import View
-from kdkernels.ops.triton_util import cast
+from kdkernels.ops.triton_util import cast, on, power
 
 TILE = 4096  # elements of a tile
 BLOCK = 1024
@@ -144,14 +143,10 @@ def peer_kernel(
         tl.store(losses + slot, tl.where(live[None, :], k[None, :] * loss, 0.0), mask=place)
 
 
-def _power(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
 def plan(learners: int, classes: int) -> dict[str, int]:
     """Tile and warps of a launch."""
-    M = _power(learners)
-    C = min(_power(classes), max(TILE // M, 32))
+    M = power(learners)
+    C = min(power(classes), max(TILE // M, 32))
     R = max(TILE // (M * C) // 2, 1)
     return {"M": M, "R": R, "C": C, "num_warps": min(max(M * R * C // 256, 1), 16)}
 
@@ -174,8 +169,7 @@ def _run(parts: list[View], labels: Any, weight: Any, scalars: torch.Tensor, div
     rows = outer * inner
     by_value = (1.0, 0.0) if scalars.device.type != "cpu" else tuple(scalars.tolist()[:2])
     tile = plan(learners, classes)
-    device = torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
-    with device:
+    with on(x.device):
         peer_kernel[(triton.cdiv(rows, tile["R"]),)](
             x, places, labels, weight, scalars if scalars.device.type != "cpu" else None, divisor, losses, upstream,
             d.tensor if d is not None else None, *by_value, learners, rows, inner, classes, *stride,
@@ -193,8 +187,7 @@ def forward(
     if rows == 0:
         total.tensor.zero_()
         return
-    device = losses.device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with on(losses.device):
         if count:
             count_kernel[(1,)](labels, weight, divisor, rows, ignore_index, B=BLOCK)
         _run(parts, labels, weight, scalars, divisor, losses, None, d, ignore_index)

@@ -280,8 +280,8 @@ def row_divergence(
             ignore_index=ignore_index, num_items=num_items, inputs=inputs, p0=p0, p1=p1,
         )  # fmt: skip
     if masked or class_weight is not None:
-        labels, weight = _flat(labels, torch.int64), _flat(weight, torch.float32)
-        class_weight = _flat(class_weight, torch.float32)
+        labels, weight = layout.flat(labels, torch.int64), layout.flat(weight, torch.float32)
+        class_weight = layout.flat(class_weight, torch.float32)
     divisors = None
     learned = (None, None)  # temperatures
     learns = torch.is_grad_enabled()
@@ -397,11 +397,6 @@ def _value(x: Number) -> Number:
 
 def _learnable(x: Number | None) -> torch.Tensor | None:
     return x if isinstance(x, torch.Tensor) and x.requires_grad else None
-
-
-def _flat(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    # The kernels walk these without strides, and a view of a slice is still a slice.
-    return None if x is None else x.detach().reshape(-1).to(dtype).contiguous()
 
 
 def _divisors(

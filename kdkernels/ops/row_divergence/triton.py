@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ import triton
 from kdkernels.native import View
 from kdkernels.ops.row_divergence import triton_kernels as kernels
 from kdkernels.ops.row_divergence.kinds import Inputs, Kind
+from kdkernels.ops.triton_util import on, power
 
 # Longest row that stays in registers with its class axis contiguous, or strided. See README.md for the measurements.
 RESIDENT_ROWS = 8192
@@ -31,13 +31,9 @@ class Plan(NamedTuple):
     resident: bool
 
 
-def _power(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
 def plan(classes: int, rows: int, inner: int, strided: bool, simple: bool = True) -> Plan:
     """Tile of a launch. rows: of the whole problem; inner: rows that one program can span; simple: only KL is built in."""
-    C = _power(classes)
+    C = power(classes)
     # All formulas together leave registers for half as long a row.
     resident = classes <= (RESIDENT_COLUMNS if strided else RESIDENT_ROWS if simple else RESIDENT_ROWS // 2)
     if strided:
@@ -46,8 +42,8 @@ def plan(classes: int, rows: int, inner: int, strided: bool, simple: bool = True
         R = min(max(TILE // C, 16), 256)
     else:
         C = C if resident else TILE
-        R = _power(rows) if rows * C <= ALONE else max(TILE // C, 1)
-    R = min(R, _power(inner))
+        R = power(rows) if rows * C <= ALONE else max(TILE // C, 1)
+    R = min(R, power(inner))
     # A strided tile needs an address an element: more registers, so fewer threads.
     warps = min(max(R * C // 256, 1), 8 if strided else 16)
     return Plan(R, C, warps, resident)
@@ -99,10 +95,6 @@ def _scalars(scalars: torch.Tensor, on_device: bool | None) -> tuple[Any, list[f
     return None, scalars.tolist()[:7]
 
 
-def _on(device: torch.device) -> Any:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 def _simple(kind: int, inputs: int) -> bool:
     if kind > Kind.DECOUPLED_KL:
         raise NotImplementedError(f"the Triton kernels do not know the divergence {Kind(kind).name}")
@@ -151,7 +143,7 @@ def forward(
     R, C, warps, resident = plan(V, rows, inner, strided, _simple(kind, inputs))
     count = count if divisors is not None else 0
     others = _without_label(kind, inputs, labels)
-    with _on(s.device):
+    with on(s.device):
         if rows == 0:
             _empty(divisors, total, count)
             return
@@ -214,7 +206,7 @@ def backward(
     blocks = triton.cdiv(inner, R)
     flat = [x for stride in strides for x in stride]
     up = int(upstream.numel() > 1)
-    with _on(s.device):
+    with on(s.device):
         if resident:
             kernels.resident_kernel[(outer * blocks,)](
                 s, t, labels, weight, class_weight, pointer, divisors, None, None, None, upstream, ds_, dt_,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ import triton
 import triton.language as tl
 
 from kdkernels.native import View
-from kdkernels.ops.triton_util import cast
+from kdkernels.ops.triton_util import cast, on
 
 TILE = 4096  # classes a program holds at a time
 GATHERED = 64  # indices that it takes at a time
@@ -199,10 +198,6 @@ def _scalars(scalars: torch.Tensor, on_device: bool | None) -> tuple[torch.Tenso
     return (scalars, 1.0) if on_device else (None, float(scalars[0]))
 
 
-def _on(x: torch.Tensor) -> Any:
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
-
-
 def forward(
     student: View,
     indices: torch.Tensor,
@@ -219,7 +214,7 @@ def forward(
     outer, classes, inner = student.shape
     tile, tiles, warps = _plan(classes)
     pointer, t = _scalars(scalars, scalars_on_device)
-    with _on(student.tensor):
+    with on(student.tensor.device):
         forward_kernel[(outer * inner,)](
             student.tensor, indices, _edges(indices, tile, tiles) if outside else None, live, pointer, gathered, rest,
             total, stats, t, inner, classes, indices.shape[1], tiles, *student.stride,
@@ -243,7 +238,7 @@ def backward(
     outer, classes, inner = student.shape
     tile, tiles, warps = _plan(classes)
     pointer, t = _scalars(scalars, scalars_on_device)
-    with _on(student.tensor):
+    with on(student.tensor.device):
         backward_kernel[(outer * inner * tiles,)](
             student.tensor, indices, _edges(indices, tile, tiles), live, pointer, stats, g, g_rest, g_total, ds.tensor,
             t, inner, classes, indices.shape[1], tiles, *student.stride, *ds.stride,

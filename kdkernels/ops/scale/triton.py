@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ import triton
 import triton.language as tl
 
 from kdkernels.native import View
-from kdkernels.ops.triton_util import cast
+from kdkernels.ops.triton_util import cast, on
 
 BLOCK = 4096
 PROGRAMS = 1024  # few enough that leaving at once, when the factor is 1, costs one wave
@@ -36,5 +35,5 @@ def scale_in_place(x: Any, factor: torch.Tensor) -> None:
     if n == 0:
         return
     programs = min(triton.cdiv(n, BLOCK), PROGRAMS)
-    with torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext():
+    with on(x.device):
         scale_kernel[(programs,)](x, factor, n, programs * BLOCK, B=BLOCK, num_warps=8)

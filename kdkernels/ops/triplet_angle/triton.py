@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kdkernels.ops.pairwise_distance.triton import on, signature, total_kernel
+from kdkernels.ops.pairwise_distance.triton import total_kernel
+from kdkernels.ops.triton_util import on, signature
 
 TILE, OTHERS = 16, 4  # pairs on a side of a program's tile, third samples at a time
 BLOCK = 1024

@@ -5,7 +5,6 @@ A program takes one tile of a map, ROWS x LANES elements at a time, and writes i
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ import triton
 import triton.language as tl
 
 from kdkernels.native import View
-from kdkernels.ops.triton_util import cast
+from kdkernels.ops.triton_util import cast, on
 from kdkernels.ops.weighted_match import triton_margin
 from kdkernels.ops.weighted_match.sums import MOMENTS, ordered_sum
 
@@ -355,10 +354,6 @@ def moments_gradient_kernel(
 # ---- launchers ----
 
 
-def _on(x: torch.Tensor) -> Any:
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
-
-
 class _Launch:
     """A grid of tiles over a map, and where their shares of a sum go until they are added in order."""
 
@@ -460,7 +455,7 @@ def feature_moments_gradient(s, t, upstream, ds, dt, of_lanes):
 
 def call(backend: str, name: str, x: View, *args: Any) -> None:
     """The entry of this name; the arguments are op.py's."""
-    with _on(x.tensor):
+    with on(x.tensor.device):
         globals()[name](*(a.materialise() if isinstance(a, View) else a for a in (x, *args)))
 
 
