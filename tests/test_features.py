@@ -196,6 +196,30 @@ def test_threads_change_no_bit(name: str, generator: torch.Generator) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_too_large_for_the_caches(dtype: torch.dtype, generator: torch.Generator) -> None:
+    """From 8 MiB on they are written past the caches, in pieces; rows of 361 elements begin anywhere in a line."""
+    n = 8 if dtype == torch.float32 else 16
+    s, t = (x.to(dtype) for x in pair(generator, n, 801, 19, 19, dtype=torch.float32))
+    channel, pixel = torch.rand(n, 801, generator=generator), torch.rand(n, 361, generator=generator)
+
+    def weighted(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        sides = {"channel_weight": channel[: len(s)], "pixel_weight": pixel[: len(s)]}
+        return op.match(s, t, **sides, factor=1 / len(s), backend="cpu")
+
+    for loss in (kd.attention_transfer_loss, kd.channel_attention_transfer_loss, kd.hint_loss, weighted):
+        for of_teacher in (False, True):
+            grads = []
+            for xs in ((s, t), (s[:1], t[:1])):
+                leaves = [x.detach().requires_grad_(i == of_teacher) for i, x in enumerate(xs)]
+                with kd.use_backend("cpu"):
+                    grads += torch.autograd.grad(loss(*leaves), leaves[of_teacher])
+            whole, one = grads
+            assert whole.nbytes >= 2**23 > one.nbytes
+            assert torch.equal(whole[0] * n, one[0]), loss
+            assert whole.isfinite().all() and (whole[-1] != 0).any()
+
+
 def test_ordered_sum_takes_every_element() -> None:
     for n in (0, 1, 16384, 16385, 50000):
         assert sums.ordered_sum(torch.ones(n, dtype=F64)) == n

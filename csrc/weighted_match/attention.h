@@ -105,26 +105,23 @@ struct Attended {
 };
 
 // The loss. Whole images are shared among threads where there are enough of them, else tiles; no
-// bit depends on which.
+// bit depends on which. The student comes last, to be found in cache again.
 inline double attention_loss(Attended& s, Attended& t, bool mean, const Comparison& by,
                              int64_t threads) {
   const int64_t batch = s.grid.batch;
   std::vector<double> each(static_cast<size_t>(batch));
   const int64_t work = s.of.x.numel() + t.of.x.numel();
   if (batch >= 4 * threads || threads == 1) {
-    parallel_for(batch, work, threads, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
-        s.sum(b), t.sum(b);
-        each[static_cast<size_t>(b)] = compare(s.joined(b, mean), t.joined(b, mean), s.kept, by);
-        s.differentiate(b), t.differentiate(b);
-      }
+    for_each(batch, work, threads, [&](int64_t b) {
+      t.sum(b), s.sum(b);
+      each[static_cast<size_t>(b)] = compare(s.joined(b, mean), t.joined(b, mean), s.kept, by);
+      s.differentiate(b), t.differentiate(b);
     });
   } else {
-    for (Attended* x : {&s, &t})
+    for (Attended* x : {&t, &s})
       x->grid.each(threads, [&](const Tile& tile, int64_t) { x->sum(tile); });
-    parallel_for(batch, 4 * batch * s.kept, threads, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b)
-        each[static_cast<size_t>(b)] = compare(s.joined(b, mean), t.joined(b, mean), s.kept, by);
+    for_each(batch, 4 * batch * s.kept, threads, [&](int64_t b) {
+      each[static_cast<size_t>(b)] = compare(s.joined(b, mean), t.joined(b, mean), s.kept, by);
     });
     for (Attended* x : {&s, &t})
       if (x->dx) x->grid.each(threads, [&](const Tile& tile, int64_t) { x->differentiate(tile); });

@@ -54,8 +54,9 @@ void feature_attention(Tensor s, Tensor t, Tensor scalars, Tensor total, Tensor 
 struct Side {
   float weight = 1.f, offset = 0.f;
 };
-// Which of these the lanes have. An array that is not needed is not read: each is one more stream.
-enum LaneSides : int { kAlike = 0, kWeights = 1, kWeightsAndOffsets = 3 };
+// Which of these the lanes have, and whether slopes are summed. An array that is not needed is not
+// read: each is one more stream.
+enum LaneSides : int { kAlike = 0, kWeights = 1, kOffsets = 2, kSlopes = 4, kAllSides = 7 };
 struct Lanes {
   const float *weight, *offset;
 };
@@ -63,36 +64,26 @@ struct Scale {
   float beta, inverse_beta;
 };
 
-// A row's sums of lane weight x (measure, slope).
-template <int kMeasure, int kSides>
-KDK_ONE_COPY void row_sums(const float* s, const float* t, int64_t n, float offset, Lanes lanes,
-                           Scale by, float* value, float* slopes) {
-  float a = 0.f, b = 0.f;
+// Adds lane weight x (measure, slope) of a row to `sums`, and makes the student's gradient if that
+// is wanted.
+template <int kMeasure, int kSides, bool kGradient>
+KDK_ONE_COPY void match_row(const float* s, const float* t, int64_t n, Side row, Lanes lanes,
+                            Scale by, double* sums, float* ds) {
+  for (int64_t l = 0; l < n; l += kLanesInFloat) {
+    const int64_t end = least(n, l + kLanesInFloat);
+    float a = 0.f, b = 0.f;
 #pragma omp simd reduction(+ : a, b)
-  for (int64_t i = 0; i < n; ++i) {
-    const float d = s[i] - t[i] + offset + (kSides & 2 ? lanes.offset[i] : 0.f);
-    const float w = kSides & 1 ? lanes.weight[i] : 1.f;
-    a += w * measure<kMeasure>(d, by.beta, by.inverse_beta);
-    b += w * slope<kMeasure>(d, by.inverse_beta);
+    for (int64_t i = l; i < end; ++i) {
+      const float d = s[i] - t[i] + row.offset + (kSides & kOffsets ? lanes.offset[i] : 0.f);
+      const float w = kSides & kWeights ? lanes.weight[i] : 1.f;
+      const float c = w * slope<kMeasure>(d, by.inverse_beta);
+      a += w * measure<kMeasure>(d, by.beta, by.inverse_beta);
+      if (kSides & kSlopes) b += c;
+      if (kGradient) ds[i] = row.weight * c;
+    }
+    sums[0] += static_cast<double>(a);
+    if (kSides & kSlopes) sums[1] += static_cast<double>(b);
   }
-  *value = a, *slopes = b;
-}
-
-// The same with the student's gradient.
-template <int kMeasure, int kSides>
-KDK_ONE_COPY void row_gradient(const float* s, const float* t, int64_t n, Side row, Lanes lanes,
-                               Scale by, float* value, float* slopes, float* ds) {
-  float a = 0.f, b = 0.f;
-#pragma omp simd reduction(+ : a, b)
-  for (int64_t i = 0; i < n; ++i) {
-    const float d = s[i] - t[i] + row.offset + (kSides & 2 ? lanes.offset[i] : 0.f);
-    const float w = kSides & 1 ? lanes.weight[i] : 1.f;
-    const float c = w * slope<kMeasure>(d, by.inverse_beta);
-    a += w * measure<kMeasure>(d, by.beta, by.inverse_beta);
-    b += c;
-    ds[i] = row.weight * c;
-  }
-  *value = a, *slopes = b;
 }
 
 // Adds row weight x (measure, slope) to the lanes' sums.
@@ -117,18 +108,20 @@ struct Match {
 // The weighted sum of a tile, and its shares in the sums of rows and lanes where these are wanted.
 template <int kMeasure>
 double match_tile(const Match& of, const Tile& tile, Sums<float>& rows, Sums<float>& lanes) {
-  const bool offsets = of.lane_offset || lanes, weights = of.lane_weight || offsets;
-  const auto sums = offsets   ? row_sums<kMeasure, kWeightsAndOffsets>
-                    : weights ? row_sums<kMeasure, kWeights>
-                              : row_sums<kMeasure, kAlike>;
-  const auto gradient = offsets   ? row_gradient<kMeasure, kWeightsAndOffsets>
-                        : weights ? row_gradient<kMeasure, kWeights>
-                                  : row_gradient<kMeasure, kAlike>;
+  const bool wants = of.ds || of.dt, everything = of.lane_offset || rows || lanes,
+             weights = of.lane_weight || everything;
+  const auto run = wants ? (everything ? match_row<kMeasure, kAllSides, true>
+                            : weights  ? match_row<kMeasure, kWeights, true>
+                                       : match_row<kMeasure, kAlike, true>)
+                         : (everything ? match_row<kMeasure, kAllSides, false>
+                            : weights  ? match_row<kMeasure, kWeights, false>
+                                       : match_row<kMeasure, kAlike, false>);
   alignas(64) float in_s[kMaxLanes], in_t[kMaxLanes], out[kMaxLanes], weight[kMaxLanes],
       offset[kMaxLanes];
   LaneSums values, slopes;
   const Output ds(of.ds), dt(of.dt);
   const int64_t n = tile.lanes, lane = tile.batch * of.s.shape[2] + tile.lane;
+  const int64_t step = least(ds.step(n), dt.step(n));
   for (int64_t i = 0; weights && i < n; ++i) {
     weight[i] = of.lane_weight ? of.lane_weight.as<float>()[lane + i] : 1.f;
     offset[i] = of.lane_offset ? of.lane_offset.as<float>()[lane + i] : 0.f;
@@ -137,27 +130,25 @@ double match_tile(const Match& of, const Tile& tile, Sums<float>& rows, Sums<flo
   if (lanes) values.clear(n), slopes.clear(n);
   double total = 0;
   for (int64_t k = 0; k < tile.rows; ++k) {
-    const int64_t r = tile.row + k, at = tile.batch * of.s.shape[1] + r;
+    const int64_t r = tile.row + k, of_sides = tile.batch * of.s.shape[1] + r;
     Side own;
-    if (of.row_weight) own.weight = of.row_weight.as<float>()[at];
-    if (of.row_offset) own.offset = of.row_offset.as<float>()[at];
+    if (of.row_weight) own.weight = of.row_weight.as<float>()[of_sides];
+    if (of.row_offset) own.offset = of.row_offset.as<float>()[of_sides];
     const float* x = read_row(of.s, tile.batch, r, tile.lane, n, in_s);
     const float* y = read_row(of.t, tile.batch, r, tile.lane, n, in_t);
-    float value, slope;
-    if (ds || dt) {
-      Side scaled = own;
-      scaled.weight *= of.factor;
-      float* made = ds ? ds.target(tile.batch, r, tile.lane, out) : out;
-      gradient(x, y, n, scaled, of_lanes, of.by, &value, &slope, made);
-      if (ds) ds.put(tile.batch, r, tile.lane, n, made);
+    double of_row[] = {0.0, 0.0};
+    Side scaled = own;
+    scaled.weight *= of.factor;
+    for (int64_t l = 0; l < n; l += step) {
+      const int64_t some = least(step, n - l), at = tile.lane + l;
+      float* made = ds ? ds.target(tile.batch, r, at, some, out) : out;
+      run(x + l, y + l, some, scaled, {weight + l, offset + l}, of.by, of_row, made);
+      if (ds) ds.put(tile.batch, r, at, some, made);
       if (dt) {
-        for (int64_t i = 0; i < n; ++i) out[i] = -made[i];
-        dt.put(tile.batch, r, tile.lane, n, out);
+        for (int64_t i = 0; i < some; ++i) out[i] = -made[i];
+        dt.put(tile.batch, r, at, some, out);
       }
-    } else {
-      sums(x, y, n, own.offset, of_lanes, of.by, &value, &slope);
     }
-    const double of_row[] = {value, slope};
     total += static_cast<double>(own.weight) * of_row[0];
     for (int field = 0; rows && field < 2; ++field)
       rows.put(tile.lane_piece, field, tile.batch, r, 1, &of_row[field]);
@@ -174,6 +165,32 @@ double match_tile(const Match& of, const Tile& tile, Sums<float>& rows, Sums<flo
   return total;
 }
 
+// The tiles' sum, in their order.
+double match_sum(const Match& of, const Grid& grid, Tensor rows, Tensor lanes, int64_t measure,
+                 int64_t threads) {
+  const auto run = measure == kSquared    ? match_tile<kSquared>
+                   : measure == kAbsolute ? match_tile<kAbsolute>
+                                          : match_tile<kSmoothL1>;
+  Sums<float> to_rows(rows, 2, of.s.shape[0], of.s.shape[1], grid.across);
+  Sums<float> to_lanes(lanes, 2, of.s.shape[0], of.s.shape[2], grid.down);
+  std::vector<double> each(static_cast<size_t>(grid.batch * grid.of_image));
+  grid.each(threads, [&](const Tile& tile, int64_t i) {
+    each[static_cast<size_t>(i)] = run(of, tile, to_rows, to_lanes);
+  });
+  to_rows.join(), to_lanes.join();
+  double sum = 0;
+  for (double one : each) sum += one;
+  return sum;
+}
+
+// Rows of the tiles' width out of a single long one, from an element on.
+Tensor cut(Tensor x, int64_t from, int64_t rows, int64_t lanes) {
+  if (!x) return x;
+  x.data = advance(x.data, x.dtype, from);
+  x.shape[1] = rows, x.shape[2] = x.stride[1] = lanes;
+  return x;
+}
+
 // Weights and offsets are (batch, rows) and (batch, lanes), contiguous. `total` is the weighted sum
 // times the factor; the maps' gradients are its own, times `upstream` where that is given. `rows`
 // (2, batch, rows) and `lanes` (2, batch, lanes) receive the sums of measure and slope with the
@@ -183,24 +200,25 @@ void feature_match(Tensor s, Tensor t, Tensor row_weight, Tensor lane_weight, Te
                    Tensor lanes, Tensor ds, Tensor dt, int64_t measure, int64_t threads) {
   const float* given = scalars.as<float>();  // beta, factor
   const float factor = upstream ? given[1] * *upstream.as<float>() : given[1];
-  const Match of{s,           t,          row_weight,
-                 lane_weight, row_offset, lane_offset,
-                 ds,          dt,         {given[0], 1.f / given[0]},
-                 factor};
-  const auto run = measure == kSquared    ? match_tile<kSquared>
-                   : measure == kAbsolute ? match_tile<kAbsolute>
-                                          : match_tile<kSmoothL1>;
+  Match of{s,           t,          row_weight,
+           lane_weight, row_offset, lane_offset,
+           ds,          dt,         {given[0], 1.f / given[0]},
+           factor};
   prefer_large_pages(ds), prefer_large_pages(dt);
-  const Grid grid(s);
-  Sums<float> to_rows(rows, 2, s.shape[0], s.shape[1], grid.across);
-  Sums<float> to_lanes(lanes, 2, s.shape[0], s.shape[2], grid.down);
-  std::vector<double> each(static_cast<size_t>(grid.batch * grid.of_image));
-  grid.each(threads, [&](const Tile& tile, int64_t i) {
-    each[static_cast<size_t>(i)] = run(of, tile, to_rows, to_lanes);
-  });
-  to_rows.join(), to_lanes.join();
+  const bool alike = !row_weight && !lane_weight && !row_offset && !lane_offset && !rows && !lanes;
   double sum = 0;
-  for (double one : each) sum += one;
+  if (alike && s.shape[0] == 1 && s.shape[1] == 1 && s.shape[2] > kMaxLanes) {
+    const int64_t whole = s.shape[2] / kMaxLanes, rest = s.shape[2] % kMaxLanes;
+    const auto part = [&](int64_t from, int64_t n, int64_t width) {
+      of.s = cut(s, from, n, width), of.t = cut(t, from, n, width);
+      of.ds = cut(ds, from, n, width), of.dt = cut(dt, from, n, width);
+      sum += match_sum(of, Grid(of.s, kLineElements), rows, lanes, measure, threads);
+    };
+    part(0, whole, kMaxLanes);
+    if (rest) part(whole * kMaxLanes, 1, rest);
+  } else {
+    sum = match_sum(of, Grid(s), rows, lanes, measure, threads);
+  }
   *total.as<float>() = static_cast<float>(sum * static_cast<double>(given[1]));
 }
 
@@ -291,12 +309,16 @@ void feature_moments_gradient(Tensor s, Tensor t, Tensor upstream, Tensor ds, Te
       for (int64_t r = tile.row; r < tile.row + tile.rows; ++r) {
         const float* x = read_row(side == 0 ? s : t, tile.batch, r, tile.lane, tile.lanes, in_s);
         const float* y = read_row(side == 0 ? t : s, tile.batch, r, tile.lane, tile.lanes, in_t);
-        float* made = dx.target(tile.batch, r, tile.lane, out);
-        if (of_lanes)
-          lane_combination(x, y, tile.lanes, sum + tile.lane, twice, mixed + tile.lane, made);
-        else
-          row_combination(x, y, tile.lanes, sum[r], 2.0 * square[r], mixed[r], made);
-        dx.put(tile.batch, r, tile.lane, tile.lanes, made);
+        const int64_t step = dx.step(tile.lanes);
+        for (int64_t l = 0; l < tile.lanes; l += step) {
+          const int64_t n = least(step, tile.lanes - l), lane = tile.lane + l;
+          float* made = dx.target(tile.batch, r, lane, n, out);
+          if (of_lanes)
+            lane_combination(x + l, y + l, n, sum + lane, twice + l, mixed + lane, made);
+          else
+            row_combination(x + l, y + l, n, sum[r], 2.0 * square[r], mixed[r], made);
+          dx.put(tile.batch, r, lane, n, made);
+        }
       }
     }
   });
@@ -310,15 +332,13 @@ void margin_rows(Tensor x, Tensor labels, Tensor scalars, Tensor upstream, Tenso
                  bool hardest, int64_t ignore, int64_t threads) {
   const Margin of{x, dx, *scalars.as<float>(), hardest};
   prefer_large_pages(dx);
-  parallel_for(x.shape[1], x.numel(), threads, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const int64_t y = labels.as<int64_t>()[r];
-      const float by = upstream ? upstream.as<float>()[r] : 0.f;
-      const float value = y == ignore                ? empty_row(of, r, 0.f)
-                          : y < 0 || y >= x.shape[2] ? empty_row(of, r, NAN)
-                                                     : margin_row(of, r, y, by);
-      if (values) values.as<float>()[r] = value;
-    }
+  for_each(x.shape[1], x.numel(), threads, [&](int64_t r) {
+    const int64_t y = labels.as<int64_t>()[r];
+    const float by = upstream ? upstream.as<float>()[r] : 0.f;
+    const float value = y == ignore                ? empty_row(of, r, 0.f)
+                        : y < 0 || y >= x.shape[2] ? empty_row(of, r, NAN)
+                                                   : margin_row(of, r, y, by);
+    if (values) values.as<float>()[r] = value;
   });
 }
 

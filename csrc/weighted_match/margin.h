@@ -54,7 +54,7 @@ struct Margin {
 
 // The loss of row r, whose class y is right; its gradient times upstream, if that is wanted.
 inline float margin_row(const Margin& of, int64_t r, int64_t y, float upstream) {
-  alignas(64) float in[kMaxLanes], out[kMaxLanes];
+  alignas(64) float in[kLanesInFloat], out[kLanesInFloat];
   const int64_t classes = of.x.shape[2];
   const float right = load_one(of.x.data, of.x.dtype, r * of.x.stride[1] + y);
   double value = of.hardest ? -INFINITY : 0.0;
@@ -73,10 +73,10 @@ inline float margin_row(const Margin& of, int64_t r, int64_t y, float upstream) 
     const int64_t share = of.hardest ? open : classes - 1;
     const float g = counts && open ? upstream / static_cast<float>(share) : 0.f;
     const float from = of.hardest ? static_cast<float>(value) : 0.f;
-    for (int64_t l = 0; l < classes; l += kMaxLanes) {
-      const int64_t n = least(kMaxLanes, classes - l);
+    for (int64_t l = 0; l < classes; l += kLanesInFloat) {
+      const int64_t n = least(kLanesInFloat, classes - l);
       const float* x = read_row(of.x, 0, r, l, n, in);
-      float* made = dx.target(0, r, l, out);
+      float* made = dx.target(0, r, l, n, out);
       open_hinges(x, n, right, of.margin, from, g, made);
       if (y >= l && y < l + n) made[y - l] = -g * static_cast<float>(open);
       dx.put(0, r, l, n, made);
@@ -89,11 +89,11 @@ inline float margin_row(const Margin& of, int64_t r, int64_t y, float upstream) 
 
 // A row that has no right class: left out, or with a label that is none.
 inline float empty_row(const Margin& of, int64_t r, float fill) {
-  alignas(64) float out[kMaxLanes];
+  alignas(64) float out[kLanesInFloat];
   const Output dx(of.dx);
-  for (int64_t l = 0; dx && l < of.x.shape[2]; l += kMaxLanes) {
-    const int64_t n = least(kMaxLanes, of.x.shape[2] - l);
-    float* made = dx.target(0, r, l, out);
+  for (int64_t l = 0; dx && l < of.x.shape[2]; l += kLanesInFloat) {
+    const int64_t n = least(kLanesInFloat, of.x.shape[2] - l);
+    float* made = dx.target(0, r, l, n, out);
     for (int64_t i = 0; i < n; ++i) made[i] = fill;
     dx.put(0, r, l, n, made);
   }

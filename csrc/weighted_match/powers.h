@@ -65,10 +65,13 @@ void power_tile(const Powers& of, const Tile& t, Sums<float>& to_rows, Sums<floa
   const float* lane_weight =
       of.lane_weight ? of.lane_weight.as<float>() + t.batch * width + t.lane : nullptr;
   const int64_t group = kSums == kOfLanes && !row_weight ? rows_at_once(of.x, t) : 1;
+  // Rows that follow each other are fetched ahead best one by one; others, and sums along rows,
+  // gain from going over several side by side.
+  const bool one_by_one = kSums == kOfLanes && of.x.stride[1] == t.lanes;
   int64_t added = 0;
   if (kSums & kOfLanes) lanes.clear(group * t.lanes);
   for (int64_t r = 0; r < t.rows;) {
-    const int64_t count = t.rows - r >= 4 * group ? 4 : 1;
+    const int64_t count = one_by_one || t.rows - r < 4 * group ? 1 : 4;
     const int64_t own = least(group, t.rows - r), n = own * t.lanes;  // rows in each of these
     const float* rows[4];
     float weight[4] = {1.f, 1.f, 1.f, 1.f};
@@ -146,9 +149,13 @@ void power_gradient_tile(const Powers& of, const Tile& t, const Tensor& rows, co
     const float* values = read_row(x, t.batch, r, t.lane, n, in);
     const float row = rows ? rows.as<float>()[at] : 0.f;
     const float row_weight = of.row_weight ? of.row_weight.as<float>()[at] : 1.f;
-    float* made = dx.target(t.batch, r, t.lane, out);
-    run(values, n, of.exponent, row, row_weight, of_lanes, weight, made);
-    dx.put(t.batch, r, t.lane, n, made);
+    const int64_t step = dx.step(n);
+    for (int64_t l = 0; l < n; l += step) {
+      const int64_t some = least(step, n - l);
+      float* made = dx.target(t.batch, r, t.lane + l, some, out);
+      run(values + l, some, of.exponent, row, row_weight, of_lanes + l, weight + l, made);
+      dx.put(t.batch, r, t.lane + l, some, made);
+    }
   }
 }
 

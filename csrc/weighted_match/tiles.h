@@ -10,12 +10,14 @@
 #include "common/convert.h"
 #include "common/lanes.h"
 #include "common/parallel.h"
+#include "common/stream.h"
 
 namespace KDK_NAMESPACE {
 namespace {
 
 constexpr int64_t kMaxLanes = 1024;            // of a tile
 constexpr int64_t kTileElements = 128 * 1024;  // at most
+constexpr int64_t kLineElements = 16 * 1024;   // the same where nothing is kept of a tile but a sum
 constexpr int64_t kRowsInFloat = 32;           // added in float32 before they go into a double
 constexpr int64_t kLanesInFloat = 256;         // the same of a row
 
@@ -29,25 +31,45 @@ inline const float* read_row(const Tensor& x, int64_t b, int64_t r, int64_t l, i
   return x.dtype == DType::f32 ? static_cast<const float*>(p) : load_tile(p, x.dtype, n, buffer);
 }
 
+// Calls body(i) for every i below n, which threads share out among them.
+template <typename Body>
+void for_each(int64_t n, int64_t work, int64_t threads, const Body& body) {
+  parallel_for(n, work, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i);
+    streams_done();
+  });
+}
+
 // Rows of a result, built where they belong or in a buffer.
 class Output {
  public:
-  Output(const Tensor& x) : x_(x) {}
+  Output(const Tensor& x) : x_(x), large_(x && x.numel() * size_of(x.dtype) >= kPastCaches) {}
   explicit operator bool() const { return static_cast<bool>(x_); }
 
-  // Where to build elements from this place on.
-  float* target(int64_t b, int64_t r, int64_t l, float* buffer) const {
-    return x_.dtype == DType::f32 ? static_cast<float*>(at(b, r, l)) : buffer;
+  // How many of n elements to make before they are put: few where they go past the caches, so that
+  // reads go on behind the writes.
+  int64_t step(int64_t n) const {
+    return streams(n) ? padded(pieces(n, pieces(n, kLanesInFloat))) : n;
+  }
+  // Where to build n elements from this place on.
+  float* target(int64_t b, int64_t r, int64_t l, int64_t n, float* buffer) const {
+    return x_.dtype == DType::f32 && !streams(n) ? static_cast<float*>(at(b, r, l)) : buffer;
   }
   void put(int64_t b, int64_t r, int64_t l, int64_t n, const float* made) const {
-    store_tile(at(b, r, l), x_.dtype, n, made);
+    if (streams(n))
+      stream_tile<kMaxLanes>(at(b, r, l), x_.dtype, n, made);
+    else
+      store_tile(at(b, r, l), x_.dtype, n, made);
   }
 
  private:
+  // Of shorter pieces too much would be parts of lines.
+  bool streams(int64_t n) const { return large_ && n >= 4 * kLanes; }
   void* at(int64_t b, int64_t r, int64_t l) const {
     return advance(x_.data, x_.dtype, b * x_.stride[0] + r * x_.stride[1] + l);
   }
   Tensor x_;
+  bool large_;
 };
 
 struct Tile {
@@ -56,10 +78,10 @@ struct Tile {
 
 class Grid {
  public:
-  explicit Grid(const Tensor& x)
+  explicit Grid(const Tensor& x, int64_t elements = kTileElements)
       : height_(x.shape[1]),
         width_(x.shape[2]),
-        tile_rows_(kTileElements / least(width_, kMaxLanes)),
+        tile_rows_(elements / least(width_, kMaxLanes)),
         across(pieces(width_, kMaxLanes)),
         down(pieces(height_, tile_rows_)),
         batch(x.shape[0]),
@@ -75,10 +97,8 @@ class Grid {
   // Calls body(tile, its number) for every one.
   template <typename Body>
   void each(int64_t threads, const Body& body) const {
-    parallel_for(batch * of_image, batch * height_ * width_, threads,
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t i = begin; i < end; ++i) body((*this)[i], i);
-                 });
+    for_each(batch * of_image, batch * height_ * width_, threads,
+             [&](int64_t i) { body((*this)[i], i); });
   }
 
  private:
