@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +21,30 @@ torch.set_num_threads(1)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    # `target`: everywhere; `fused`: everywhere but the reference.
+    # `target`: everywhere; `fused`: everywhere but the reference. A mark `backends` leaves those that it names.
+    mark = metafunc.definition.get_closest_marker("backends")
+    named = [t for t in TARGETS if mark is None or t.backend in mark.args]
     for name in {"target", "fused"} & set(metafunc.fixturenames):
         if any(name in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")):
             continue
-        metafunc.parametrize(name, [t for t in TARGETS if name == "target" or t.fused], ids=str)
+        metafunc.parametrize(name, [t for t in named if name == "target" or t.fused], ids=str)
+
+
+def _worth_it(item: pytest.Item) -> bool:
+    """Whether a test's parameters are among those that its mark `slow_takes` leaves to a slow target."""
+    mark, call = item.get_closest_marker("slow_takes"), getattr(item, "callspec", None)
+    if mark is None or call is None:
+        return True
+    chosen = mark.args[0]
+    wanted = {name: call.params[name] for name in inspect.signature(chosen).parameters}
+    return not any(getattr(x, "slow", False) for x in call.params.values()) or chosen(**wanted)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    worth = [_worth_it(item) for item in items]
+    if not all(worth):
+        config.hook.pytest_deselected(items=[item for item, kept in zip(items, worth) if not kept])
+        items[:] = [item for item, kept in zip(items, worth) if kept]
 
 
 @pytest.fixture(autouse=True)

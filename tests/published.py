@@ -22,9 +22,16 @@ def gradients(function: Any, *inputs: torch.Tensor, **options: Any) -> list[torc
 
 
 def close(got: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float) -> None:
+    """Errors relative to the largest element of each."""
     for g, e in zip(got, expected, strict=True):
+        assert g.shape == e.shape
         scale = e.abs().max().clamp_min(1e-30)
         assert float((g.to(e) - e).abs().max() / scale) <= tolerance
+
+
+def same(got: torch.Tensor, expected: torch.Tensor, rtol: float = 1e-12) -> None:
+    """Element by element, whatever the dtypes."""
+    torch.testing.assert_close(got.double(), expected.double(), rtol=rtol, atol=1e-14)
 
 
 def agrees(

@@ -238,6 +238,7 @@ def test_how_often_orders_show_a_race(address, monkeypatch, capsys):
                 except (cuda_on_cpu.NotDeterministic, cuda_on_cpu.SanitizerError):
                     seen += 1
             print(f"{bug}: {seen} of 20")
+            assert seen, f"no order of threads shows {bug}"
 
 
 # ------------------------------------------------------------------------------ the real kernels

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from published import same
 from targets import Target
 from torch import nn
 
@@ -15,10 +16,6 @@ from kdkernels.losses.detection import box_masks, giou, padded_boxes
 from kdkernels.ops.weighted_match.spec import eager_fgd, eager_pearson, eager_variational
 
 F64 = torch.float64
-
-
-def same(got: torch.Tensor, expected: torch.Tensor, rtol: float = 1e-12) -> None:
-    torch.testing.assert_close(got.double(), expected.double(), rtol=rtol, atol=1e-14)
 
 
 def pair(generator: torch.Generator, *shape: int, dtype: torch.dtype = F64) -> list[torch.Tensor]:
@@ -237,10 +234,9 @@ def test_pearson_as_published(generator: torch.Generator) -> None:
     same(kd.pearson_feature_loss(small, t, resize="student"), expected, rtol=1e-10)
 
 
+@pytest.mark.backends("cpu", "triton")
 def test_pearson_far_from_the_origin(fused: Target, generator: torch.Generator) -> None:
     """A mean of a thousand deviations: float64 sums need none taken off."""
-    if fused.backend not in ("cpu", "triton"):
-        pytest.skip("no kernels")
     s, t = (x.to(fused.device) + 1000 for x in pair(generator, 3, 5, 4, 4, dtype=torch.float32))
     s.requires_grad_()
     loss = kd.pearson_feature_loss(s, t, backend=fused.backend)
@@ -305,10 +301,9 @@ def test_cosine(target: Target, generator: torch.Generator) -> None:
     )
 
 
+@pytest.mark.backends("cpu", "triton")
 def test_cosine_of_nearly_equal_vectors(fused: Target, generator: torch.Generator) -> None:
     """1 - cos of 1e-9 keeps its digits, which float32 sums would lose."""
-    if fused.backend not in ("cpu", "triton"):
-        pytest.skip("no kernels")
     s = torch.randn(4, 64, generator=generator).to(fused.device)
     t = s + 4e-5 * torch.randn(4, 64, generator=generator).to(fused.device)
     exact = kd.cosine_loss(s.double().cpu(), t.double().cpu())
@@ -373,9 +368,8 @@ def test_margins_contain_what_is_broken(target: Target, wrong: str, generator: t
         torch.testing.assert_close(g[keep].double(), e[keep], rtol=2e-3, atol=1e-6)
 
 
+@pytest.mark.backends("cpu", "triton")
 def test_margins_as_an_operator(fused: Target, generator: torch.Generator) -> None:
-    if fused.backend not in ("cpu", "triton"):
-        pytest.skip("no kernels")
     x = torch.randn(3, 7, generator=generator).to(fused.device)
     labels, scalars = torch.arange(3, device=fused.device), torch.tensor([1.0, 0.0])
     for upstream in (None, torch.ones(3, device=fused.device)):

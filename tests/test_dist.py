@@ -263,10 +263,9 @@ def test_same_bits_with_other_threads(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1500, 3), (129, 130), (600, 1000)], ids=str)
+@pytest.mark.slow_takes(lambda shape: shape == (129, 130))
 def test_many_rows(target: Target, shape: tuple[int, ...], generator: torch.Generator) -> None:
     """Columns that are cut into shares of rows."""
-    if target.slow and shape != (129, 130):
-        pytest.skip("the interpreter and the emulator take one of these")
     s, t = models(generator, *shape)
     weight = torch.rand(shape[0], generator=generator)
     expected = run(Target("reference", "cpu"), s.double(), t.double(), weight=weight)

@@ -192,8 +192,8 @@ ZERO_TIMES_INFINITY = ("no mass at -inf", "log no mass", "log no mass at -inf", 
 @pytest.mark.parametrize("case", EDGES, ids=lambda name: name.replace(" ", "-"))
 def test_edges(case, backend):
     input, target, log_target, loss, gradient = EDGES[case]
-    if backend == "reference" and case in ZERO_TIMES_INFINITY:
-        pytest.skip("torch's own function has 0 * inf there")
+    if backend == "reference" and case in ZERO_TIMES_INFINITY:  # which is torch's own function
+        loss, gradient = NAN, None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, from Triton's interpreter
         value, (grad,) = run(

@@ -190,21 +190,20 @@ def test_one_row_axis_of_strided_side_inputs(fused: Target, generator: torch.Gen
 
 
 WIDE = [8191, 8192, 8193, 32000, 50257, 262144, 262145, 300001]
+SLOW_WIDE = {(8193, F32), (32000, F16), (50257, BF16), (262145, BF16)}
 
 
 @pytest.mark.parametrize("classes", WIDE)
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.slow_takes(lambda classes, dtype: (classes, dtype) in SLOW_WIDE)
 def test_long_rows(fused: Target, classes: int, dtype: torch.dtype, generator: torch.Generator) -> None:
-    if fused.slow and (classes, dtype) not in {(8193, F32), (32000, F16), (50257, BF16), (262145, BF16)}:
-        pytest.skip("the interpreter and the emulator take one dtype a length")
     case, shape = CASES["distillation_loss"], (2, classes)
     check(case, cast(case, case.make(shape, generator), (dtype, dtype)), fused, shape, (dtype, dtype), unit=False)
 
 
 @pytest.mark.parametrize("rows", [1, 17, 1000])
 @pytest.mark.parametrize("classes", [1, 2, 3, 10])
+@pytest.mark.slow_takes(lambda rows, classes: rows < 1000 or classes == 3)
 def test_many_short_rows(fused: Target, rows: int, classes: int, generator: torch.Generator) -> None:
-    if fused.slow and rows == 1000 and classes != 3:
-        pytest.skip("the interpreter and the emulator take one of these")
     case, shape = CASES["distillation_loss"], (rows, classes)
     check(case, case.make(shape, generator), fused, shape, (F32, F32), unit=False)

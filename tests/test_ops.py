@@ -136,9 +136,8 @@ def test_fake_tensors_and_tracing(fused: Target, reduction: str, generator: torc
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+@pytest.mark.slow_takes(lambda order: order in ((0, 1, 2), (2, 0, 1)))
 def test_fake_strides_are_the_real_ones(fused: Target, order: tuple[int, ...], generator: torch.Generator) -> None:
-    if fused.slow and order not in ((0, 1, 2), (2, 0, 1)):
-        pytest.skip("the same code as on the CPU")
     base = torch.randn(2, 3, 5, generator=generator).to(fused.device)
     s = base.permute(order)
     arguments = (s, s, None, None, None, torch.ones(8), None, 0, 0, False, 0, -100, 1, True, True, fused.backend)
@@ -180,11 +179,12 @@ TEMPERATURES = {
 @pytest.mark.parametrize("reduction", ["rowmean", "none", "sum", "batchmean"])
 @pytest.mark.parametrize("which", TEMPERATURES)
 @pytest.mark.parametrize("function", [kl_div, distillation_loss])
+@pytest.mark.slow_takes(
+    lambda which, reduction, learn_scores: which == "both" or (reduction in ("rowmean", "none") and learn_scores)
+)
 def test_learnable_temperatures(
     fused: Target, function: Any, which: str, reduction: str, learn_scores: bool, generator: torch.Generator
 ) -> None:
-    if fused.slow and (reduction in ("sum", "batchmean") or not learn_scores) and which != "both":
-        pytest.skip("the interpreter and the emulator take fewer")
     values = dict(TEMPERATURES[which])
     fixed: Any = values.pop("fixed", {})
     if function is distillation_loss and "temperature" not in {**values, **fixed}:
@@ -298,12 +298,11 @@ def both_ways(step: Any, s: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, tor
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
 @pytest.mark.parametrize("reduction", ["rowmean", "none"])
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["numbers", "tensors"])
+@pytest.mark.slow_takes(lambda dtype, reduction: dtype == F32 and reduction == "rowmean")
 def test_compiled_equals_eager_and_is_compiled_once(
     fused: Target, as_tensor: bool, reduction: str, dtype: torch.dtype, generator: torch.Generator
 ) -> None:
     """Forward and backward in one graph each, also while temperature and alpha are annealed."""
-    if fused.slow and (dtype != F32 or reduction != "rowmean"):
-        pytest.skip("the same graph as on the CPU")
     s, t, labels = tensors(fused, generator, dtype=dtype)
     step = training_step(fused.backend, reduction)
     counter = CompileCounterWithBackend("aot_eager")

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bad_samples import refuses_bad_samples
+from published import close, embeddings
 from targets import TARGETS, Target
 
 import kdkernels
@@ -27,10 +28,6 @@ LOSSES = {
 }
 
 
-def embeddings(n: int, ds: int, dt: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn(n, ds, generator=generator), torch.randn(n, dt, generator=generator)
-
-
 def gradients(
     function: Any, student: torch.Tensor, teacher: torch.Tensor, both: bool = False, **options: Any
 ) -> list[torch.Tensor]:
@@ -38,12 +35,6 @@ def gradients(
     teacher = teacher.detach().clone().requires_grad_(both)
     loss = function(student, teacher, **options)
     return [loss.detach(), *torch.autograd.grad(loss, [student, teacher] if both else [student])]
-
-
-def close(got: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float) -> None:
-    for g, e in zip(got, expected, strict=True):
-        scale = e.abs().max().clamp_min(1e-30)
-        assert float((g.to(e) - e).abs().max() / scale) <= tolerance
 
 
 # ----------------------------------------------------------------------------------------- published forms, in float64

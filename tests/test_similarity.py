@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bad_samples import refuses_bad_samples
+from published import close, embeddings
+from standins import correlation
 from targets import TARGETS, Target
 
 import kdkernels
@@ -38,10 +40,6 @@ SAMPLES = {
 MAPS = {"gram": gram_loss, "nst": nst_loss, "ickd": ickd_loss}
 
 
-def samples(n: int, ds: int, dt: int, generator: torch.Generator) -> Tensors:
-    return torch.randn(n, ds, generator=generator), torch.randn(n, dt, generator=generator)
-
-
 def maps(n: int, channels: int, height: int, width: int, generator: torch.Generator) -> Tensors:
     return tuple(torch.randn(n, channels, height, width, generator=generator) for _ in range(2))
 
@@ -58,13 +56,6 @@ def gradients(function: Callable[..., Any], *tensors: torch.Tensor, **options: A
     leaves = [x.detach().clone().requires_grad_(x.requires_grad or not some) for x in tensors]
     loss = function(*leaves, **options)
     return [loss.detach(), *torch.autograd.grad(loss, [x for x in leaves if x.requires_grad])]
-
-
-def close(got: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float) -> None:
-    for g, e in zip(got, expected, strict=True):
-        assert g.shape == e.shape
-        scale = e.abs().max().clamp_min(1e-30)
-        assert float((g.to(e) - e).abs().max() / scale) <= tolerance
 
 
 # ------------------------------------------------------------------------- published forms, in words of torch, in float64
@@ -116,11 +107,6 @@ def bilinear_distance(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 def correlations(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return F.mse_loss(torch.corrcoef(s), torch.corrcoef(t))
-
-
-def neighbours(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    apart = (s - t).abs()
-    return sum((apart[i] * apart[i + 1]).sum() for i in range(len(s) - 1)) / (len(s) - 1)
 
 
 def probabilistic(eps: float) -> Callable[..., torch.Tensor]:
@@ -203,7 +189,7 @@ PUBLISHED_SAMPLES = {
         bilinear_distance,
     ),
     "cc-correlation": (correlation_congruence_loss, {"kernel": "correlation"}, correlations),
-    "cc-repdistiller": (correlation_congruence_loss, {"kernel": "neighbours"}, neighbours),
+    "cc-repdistiller": (correlation_congruence_loss, {"kernel": "neighbours"}, correlation),
     "pkt": (pkt_loss, {}, probabilistic(1e-7)),
     "pkt-zoo": (pkt_loss, {"eps": 1e-6}, probabilistic(1e-6)),
 }
@@ -226,7 +212,7 @@ def against(published: Any, function: Any, options: dict[str, Any], tensors: Ten
 @pytest.mark.parametrize("name", PUBLISHED_SAMPLES)
 def test_published_of_samples(target: Target, name: str, generator: torch.Generator) -> None:
     function, options, published = PUBLISHED_SAMPLES[name]
-    tensors = samples(13, 6, 6 if "repdistiller" in name else 9, generator)
+    tensors = embeddings(13, 6, 6 if "repdistiller" in name else 9, generator)
     against(published, function, options, tuple(x / 2 for x in tensors), target)
 
 
@@ -256,7 +242,7 @@ def test_both_sides_of_nst_agree(fused: Target, generator: torch.Generator) -> N
 
 
 def test_invariances(generator: torch.Generator) -> None:
-    s, t = samples(9, 6, 8, generator)
+    s, t = embeddings(9, 6, 8, generator)
     turn = torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q
     for function in SAMPLES.values():
         value = function(s, t)
@@ -266,7 +252,7 @@ def test_invariances(generator: torch.Generator) -> None:
 
 
 def test_reductions(generator: torch.Generator) -> None:
-    s, t = samples(7, 4, 5, generator)
+    s, t = embeddings(7, 4, 5, generator)
     for function in SAMPLES.values():
         torch.testing.assert_close(function(s, t), function(s, t, reduction="sum") / 49)
     s, t = maps(3, 5, 2, 2, generator)
@@ -278,7 +264,7 @@ def test_reductions(generator: torch.Generator) -> None:
 
 
 def test_modules(generator: torch.Generator) -> None:
-    s, t = samples(6, 3, 3, generator)
+    s, t = embeddings(6, 3, 3, generator)
     for module, function in (
         (kdkernels.SimilarityPreservingLoss(norm="l1"), lambda s, t: similarity_preserving_loss(s, t, norm="l1")),
         (kdkernels.CosineSimilarityMatrixLoss(), cosine_similarity_matrix_loss),
@@ -297,7 +283,7 @@ def test_modules(generator: torch.Generator) -> None:
 def test_matrices_of_many_tiles(fused: Target, generator: torch.Generator) -> None:
     """Several panels and chunks of everything, and a remainder of each."""
     n = 70 if fused.slow else 300
-    s, t = samples(n, 300, 41, generator)
+    s, t = embeddings(n, 300, 41, generator)
     for function in (similarity_preserving_loss, pkt_loss):
         exact = gradients(function, s.to(F64), t.to(F64))
         got = gradients(function, s, t, backend=fused.backend)
@@ -306,7 +292,7 @@ def test_matrices_of_many_tiles(fused: Target, generator: torch.Generator) -> No
 
 
 def test_a_long_reduction(generator: torch.Generator) -> None:
-    s, t = samples(6, 40_001, 70_003, generator)
+    s, t = embeddings(6, 40_001, 70_003, generator)
     exact = gradients(similarity_preserving_loss, s.to(F64), t.to(F64))
     close(gradients(similarity_preserving_loss, s, t, backend="cpu"), exact, 2e-6)
 
@@ -317,7 +303,7 @@ def test_a_long_reduction(generator: torch.Generator) -> None:
 @pytest.mark.parametrize("n", [0, 1, 2])
 @pytest.mark.parametrize("name", SAMPLES)
 def test_few_samples(target: Target, name: str, n: int, generator: torch.Generator) -> None:
-    loss, *grads = gradients(SAMPLES[name], *samples(n, 4, 6, generator), backend=target.backend)
+    loss, *grads = gradients(SAMPLES[name], *embeddings(n, 4, 6, generator), backend=target.backend)
     assert loss.isfinite()
     assert all(g.isfinite().all() for g in grads)
     if n < 2:
@@ -338,7 +324,7 @@ def test_no_maps_and_one_channel(target: Target, name: str, generator: torch.Gen
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", SAMPLES)
 def test_zero_vectors(target: Target, name: str, dtype: torch.dtype, generator: torch.Generator) -> None:
-    s, t = (x.to(dtype) for x in samples(8, 5, 4, generator))
+    s, t = (x.to(dtype) for x in embeddings(8, 5, 4, generator))
     s[2], t[3] = 0, 0
     s[5], t[5] = 0, 0
     loss, ds, dt = gradients(SAMPLES[name], s, t, backend=target.backend)
@@ -368,7 +354,7 @@ def test_dead_channels(target: Target, name: str, shape: tuple[int, ...], genera
 
 @fused_here
 def test_constant_samples_have_no_correlation(fused: Target, generator: torch.Generator) -> None:
-    s, t = samples(6, 7, 5, generator)
+    s, t = embeddings(6, 7, 5, generator)
     s[1], t[2] = 0.1, 1e4
     _, ds, dt = gradients(correlation_congruence_loss, s, t, kernel="correlation", backend=fused.backend)
     assert not ds[1].any()
@@ -380,7 +366,7 @@ def test_constant_samples_have_no_correlation(fused: Target, generator: torch.Ge
 @fused_here
 def test_large_norms_in_float16(fused: Target, name: str, generator: torch.Generator) -> None:
     """The products are far above 65504."""
-    made = samples(8, 40, 30, generator) if name in SAMPLES else maps(2, 4, 5, 3, generator)
+    made = embeddings(8, 40, 30, generator) if name in SAMPLES else maps(2, 4, 5, 3, generator)
     s, t = ((3000 * x).half() for x in made)
     function = {**SAMPLES, **MAPS}[name]
     got = function(s, t, backend=fused.backend)
@@ -392,7 +378,7 @@ def test_large_norms_in_float16(fused: Target, name: str, generator: torch.Gener
 @fused_here
 def test_float16_with_a_grad_scaler(fused: Target, generator: torch.Generator) -> None:
     """Unscaled, nearly all of this gradient is below the least float16."""
-    s, t = samples(24, 16, 16, generator)
+    s, t = embeddings(24, 16, 16, generator)
     s = (100 * s).half().requires_grad_()
     (similarity_preserving_loss(s, t, backend=fused.backend) * 2.0**16).backward()
     exact = gradients(lambda a, b: similarity_preserving_loss(a, b) * 2.0**16, s.detach().to(F64), t.to(F64))[1]
@@ -401,7 +387,7 @@ def test_float16_with_a_grad_scaler(fused: Target, generator: torch.Generator) -
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_no_setting_of_torch_matters(precision: str, generator: torch.Generator) -> None:
-    s, t = samples(40, 300, 200, generator)
+    s, t = embeddings(40, 300, 200, generator)
     before = torch.get_float32_matmul_precision()
     expected = gradients(similarity_preserving_loss, s, t)
     try:
@@ -419,7 +405,7 @@ def test_no_setting_of_torch_matters(precision: str, generator: torch.Generator)
 def test_threads_change_no_bit(case: str, generator: torch.Generator) -> None:
     name, _, size = case.partition("-")
     if name in SAMPLES:
-        tensors = samples(*((12, 70_000, 20_000) if size == "long" else (int(size), 100, 60)), generator)
+        tensors = embeddings(*((12, 70_000, 20_000) if size == "long" else (int(size), 100, 60)), generator)
         function = SAMPLES[name]
     else:
         function = fsp_loss if name == "fsp" else MAPS[name]
@@ -437,7 +423,7 @@ def test_threads_change_no_bit(case: str, generator: torch.Generator) -> None:
 
 
 def test_only_what_requires_a_gradient_gets_one(generator: torch.Generator) -> None:
-    s, t = samples(6, 4, 5, generator)
+    s, t = embeddings(6, 4, 5, generator)
     both = gradients(pkt_loss, s, t)
     assert torch.equal(gradients(pkt_loss, s.clone().requires_grad_(), t)[1], both[1])
     assert torch.equal(gradients(pkt_loss, s, t.clone().requires_grad_())[1], both[2])
@@ -450,7 +436,7 @@ def test_only_what_requires_a_gradient_gets_one(generator: torch.Generator) -> N
 
 
 def test_retained_graph_and_any_upstream(generator: torch.Generator) -> None:
-    s, t = samples(7, 6, 6, generator)
+    s, t = embeddings(7, 6, 6, generator)
     s.requires_grad_()
     loss = similarity_preserving_loss(s, t)
     (once,) = torch.autograd.grad(loss, s, retain_graph=True)
@@ -461,7 +447,7 @@ def test_retained_graph_and_any_upstream(generator: torch.Generator) -> None:
 
 
 def test_second_derivative_is_refused(generator: torch.Generator) -> None:
-    s, t = samples(6, 3, 3, generator)
+    s, t = embeddings(6, 3, 3, generator)
     s.requires_grad_()
     (grad,) = torch.autograd.grad(pkt_loss(s, t), s, create_graph=True)
     with pytest.raises(RuntimeError, match="backend='reference'"):
@@ -474,7 +460,7 @@ def test_second_derivative_is_refused(generator: torch.Generator) -> None:
 
 @fused_here
 def test_any_strides(fused: Target, generator: torch.Generator) -> None:
-    s, t = samples(9, 16, 12, generator)
+    s, t = embeddings(9, 16, 12, generator)
     expected = gradients(similarity_preserving_loss, s, t, backend=fused.backend)
     for view in (s.t().contiguous().t(), torch.cat([s, s], 1)[:, :16], torch.stack([s, s], 2)[..., 0]):
         close(gradients(similarity_preserving_loss, view, t, backend=fused.backend), expected, 1e-6)
@@ -504,14 +490,14 @@ def test_operator(generator: torch.Generator) -> None:
 @pytest.mark.parametrize("name", [*SAMPLES, *MAPS, "fsp"])
 def test_compiles_in_one_graph(name: str, generator: torch.Generator) -> None:
     function = {**SAMPLES, **MAPS, "fsp": fsp_loss}[name]
-    tensors = samples(7, 5, 6, generator) if name in SAMPLES else maps(2, 3, 2, 3, generator)
+    tensors = embeddings(7, 5, 6, generator) if name in SAMPLES else maps(2, 3, 2, 3, generator)
     tensors = layers(generator) if name == "fsp" else tensors
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     close(gradients(compiled, *tensors), gradients(function, *tensors), 1e-6)
 
 
 def test_another_gamma_does_not_recompile(generator: torch.Generator) -> None:
-    s, t = samples(7, 5, 6, generator)
+    s, t = embeddings(7, 5, 6, generator)
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(correlation_congruence_loss, backend=counter, fullgraph=True)
     for gamma in (0.3, 0.4, 0.5, 0.6):
@@ -523,7 +509,7 @@ def test_another_gamma_does_not_recompile(generator: torch.Generator) -> None:
 
 
 def test_errors(generator: torch.Generator) -> None:
-    s, t = samples(5, 3, 4, generator)
+    s, t = embeddings(5, 3, 4, generator)
     for function in SAMPLES.values():
         refuses_bad_samples(function, s, t, positive="eps")
         with pytest.raises(TypeError, match="eps must be a number"):

@@ -42,9 +42,8 @@ def random_lengths(graphs: int, n: int, generator: torch.Generator) -> torch.Ten
 
 @pytest.mark.parametrize("temperature", [1.0, 0.1])
 @pytest.mark.parametrize("n", [1, 2, 7, 18, 150])
+@pytest.mark.slow_takes(lambda n: n < 150)
 def test_soft_shortest_paths(target: Target, n: int, temperature: float, generator: torch.Generator) -> None:
-    if target.slow and n == 150:
-        pytest.skip("the interpreter takes small graphs")
     lengths = random_lengths(2, n, generator)
     weights = torch.randn(2, n, n, generator=generator)
 

@@ -498,11 +498,12 @@ def far_apart(rows: torch.Tensor, distance: int, axis: int) -> torch.Tensor:
     return far.copy_(rows)
 
 
+@pytest.mark.backends(
+    "cpu", "triton", "reference"
+)  # cuda_on_cpu copies what lies between: test_cuda_on_cpu.py's business
 @pytest.mark.parametrize("axis", [0, 1], ids=["rows", "classes"])
 def test_offsets_past_two_to_the_31(target: Target, axis: int, generator: torch.Generator) -> None:
     """A stride that 32 bits cannot hold. The memory is reserved, not used: only a few pages of it are touched."""
-    if target.backend == "cuda_on_cpu":
-        pytest.skip("the harness copies what lies between the elements; test_cuda_on_cpu.py's business")
     if target.device != "cpu":
         pytest.skip("a GPU has no memory that is only reserved")
     s, t = scores((2, 4) if axis == 0 else (3, 2), generator, BF16)
@@ -528,10 +529,9 @@ def test_offsets_past_two_to_the_31(target: Target, axis: int, generator: torch.
     close(teacher.grad, expected.grad, rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.backends("cpu")
 def test_gradients_past_two_to_the_31(fused: Target, generator: torch.Generator) -> None:
     """The kernel writes a gradient there too: the native entry is called with far apart rows."""
-    if fused.backend != "cpu":
-        pytest.skip("memory that is only reserved: the CPU's kernels only")
     from kdkernels import backends
     from kdkernels.native import View
 
