@@ -113,6 +113,14 @@ def test_rows_for_a_gpu_can_be_listed_without_one(capsys):
     assert "kl_div llm-128k (8192, 128256) bfloat16" in capsys.readouterr().out.splitlines()
 
 
+def test_output_that_nobody_reads_to_its_end_is_no_error():
+    command = [sys.executable, "-m", "kdkernels", "bench", "--list"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1) as process:
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+
+
 def test_help_and_version_do_not_import_the_commands():
     program = (
         "import sys; from kdkernels.cli import main\n"

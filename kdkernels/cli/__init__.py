@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -58,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 module.add_arguments(subparser)
         args = parser.parse_args(arguments)
         assert module is not None, "argparse lets only known commands through"
-        return module.run(args)
+        code = module.run(args)
+        sys.stdout.flush()
+        return code
     except ModuleNotFoundError as error:
         message = _missing(chosen or "", error)
         if message is None:
@@ -71,3 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever was reading, `head` perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+        return 141
