@@ -195,7 +195,6 @@ class NinjaFile:
                 self.cuda = True
                 info["cuda_archs"] = ",".join(f"sm_{a}" for a in known)
                 info["nvcc"] = version_of(nvcc)
-                module.append(f'-DKDK_CUDA_ARCHS="{info["cuda_archs"]}"')
                 nvcc_command = [nvcc, "-ccbin", shlex.split(cxx)[-1]]
                 self.rule("cuda", nvcc_command)
                 # nvcc of PyPI's packages does not know where their own libraries lie.

@@ -133,9 +133,4 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cpu") = cpu;
   m.attr("cuda") = cuda;
   m.attr("cpu_target") = target;
-#ifdef KDK_CUDA_ARCHS
-  m.attr("cuda_archs") = KDK_CUDA_ARCHS;
-#else
-  m.attr("cuda_archs") = "";
-#endif
 }
