@@ -8,7 +8,7 @@ import torch
 
 from kdkernels import backends
 from kdkernels.native import View
-from kdkernels.ops.layout import flat
+from kdkernels.ops import layout
 from kdkernels.ops.library import define, first_order
 from kdkernels.ops.linear_divergence import reference
 from kdkernels.ops.linear_divergence.heads import (
@@ -244,8 +244,8 @@ def linear_divergence(
     )  # fmt: skip
     hard = ce_weight is not None
     divisors = _given_divisors(num_items, reduction, scores.device)
-    labels, weight = flat(labels, torch.int64), flat(weight, torch.float32)
-    class_weight = flat(class_weight, torch.float32)
+    labels, weight = layout.flat(labels, torch.int64), layout.flat(weight, torch.float32)
+    class_weight = layout.flat(class_weight, torch.float32)
     if divisors is not None:
         divisors = divisors.contiguous()
     if count:
