@@ -1,8 +1,10 @@
 // Vectors of the width that the target has, written with the compiler's vector extension: for
 // loops whose register blocking must be said rather than hoped for.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -32,15 +34,20 @@ constexpr int kRegisters = 32;
 // contracted to different fused multiply-adds, and the number of threads would change the bits.
 #define KDK_ONE_COPY __attribute__((noinline))
 
+typedef int64_t Longs __attribute__((vector_size(KDK_VECTOR_BYTES)));
+typedef float FewFloats __attribute__((vector_size(KDK_VECTOR_BYTES / 2)));  // as many as doubles
+
 template <typename Real>
 struct VectorOf;
 template <>
 struct VectorOf<float> {
   using type = Floats;
+  using index = Ints;
 };
 template <>
 struct VectorOf<double> {
   using type = Doubles;
+  using index = Longs;
 };
 template <typename Real>
 using Vector = typename VectorOf<Real>::type;
@@ -57,6 +64,20 @@ template <typename Real, typename V>
 KDK_INLINE void store(Real* p, V v) {
   memcpy(p, &v, sizeof(v));
 }
+// The first n floats of a vector, zeros in the others.
+KDK_INLINE Floats load_first(const float* p, int64_t n) {
+  if (n >= kFloats) return load(p);
+  float some[kFloats] = {};
+  for (int64_t i = 0; i < n; ++i) some[i] = p[i];
+  return load(some);
+}
+KDK_INLINE void store_first(float* p, int64_t n, Floats v) {
+  if (n >= kFloats) {
+    store(p, v);
+  } else {
+    for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+  }
+}
 // A value that is used often: without this GCC loads it for each use.
 template <typename V>
 KDK_INLINE V in_register(V v) {
@@ -69,7 +90,24 @@ KDK_INLINE V in_register(V v) {
 }
 
 KDK_INLINE Floats broadcast(float x) { return x - Floats{}; }
+KDK_INLINE Ints lane_index() {
+  Ints lane;
+  for (int l = 0; l < kFloats; ++l) lane[l] = l;
+  return lane;
+}
 KDK_INLINE Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
+
+// sum += factor x. An operation that takes its factor from memory puts it into all lanes on the
+// way; to have it there first would be one more for a pipe that multiplies and adds.
+KDK_INLINE void add_product(Floats& sum, Floats x, const float* factor) {
+#if defined(__AVX512F__)
+  Floats own = sum;
+  asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(own) : "v"(x), "m"(*factor));
+  sum = own;
+#else
+  sum += *factor * x;
+#endif
+}
 
 KDK_INLINE Floats lesser(Floats a, Floats b) {
 #if defined(__AVX512F__)
@@ -92,6 +130,44 @@ KDK_INLINE Floats greater(Floats a, Floats b) {
 #else
   return a > b ? a : b;
 #endif
+}
+
+KDK_INLINE Floats root(Floats a) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_sqrt_ps(0xffff, a);
+#elif defined(__AVX__)
+  return _mm256_sqrt_ps(a);
+#elif defined(__SSE__)
+  return _mm_sqrt_ps(a);
+#else
+  for (int l = 0; l < kFloats; ++l) a[l] = sqrtf(a[l]);
+  return a;
+#endif
+}
+
+// Lanes of two vectors: of the first, or counted on from its end, of the second.
+template <typename Real, size_t... kFrom>
+KDK_INLINE Vector<Real> shuffle(Vector<Real> a, Vector<Real> b, std::index_sequence<kFrom...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, kFrom...);
+#else
+  return __builtin_shuffle(a, b, typename VectorOf<Real>::index{kFrom...});
+#endif
+}
+// Of a pair of rows the blocks of kStep lanes that a transposition exchanges.
+template <int kStep, typename Real, size_t... kLane>
+KDK_INLINE void exchange(Vector<Real>& a, Vector<Real>& b, std::index_sequence<kLane...>) {
+  constexpr size_t n = sizeof...(kLane);
+  const Vector<Real> x = a, y = b;
+  a = shuffle<Real>(x, y, std::index_sequence<((kLane & kStep) ? kLane - kStep + n : kLane)...>{});
+  b = shuffle<Real>(x, y, std::index_sequence<((kLane & kStep) ? kLane + n : kLane + kStep)...>{});
+}
+template <int kStep = kFloats / 2>
+KDK_INLINE void transpose(Floats (&v)[kFloats]) {
+  for (int i = 0; i < kFloats; ++i)
+    if (!(i & kStep))
+      exchange<kStep, float>(v[i], v[i + kStep], std::make_index_sequence<kFloats>{});
+  if constexpr (kStep > 1) transpose<kStep / 2>(v);
 }
 
 // The lanes' sum, always in the same order: halves are added until one lane is left.
@@ -136,5 +212,19 @@ KDK_INLINE Real sum_of(V v) {
   return x[0];
 }
 #endif
+
+// Of as many vectors as they have lanes: all their sums, each in the order of sum_of.
+template <typename Real, int kStep = kLanesOf<Real> / 2>
+KDK_INLINE Vector<Real> sums_of(Vector<Real>* v) {
+  constexpr auto kLane = std::make_index_sequence<kLanesOf<Real>>{};
+  for (int i = 0; i < kStep; ++i) {
+    // Lanes with the bit of kStep go on with the second vector.
+    Vector<Real> a = v[i], b = v[i + kStep];
+    exchange<kStep, Real>(a, b, kLane);
+    v[i] = a + b;
+  }
+  if constexpr (kStep > 1) return sums_of<Real, kStep / 2>(v);
+  return v[0];
+}
 
 }  // namespace KDK_NAMESPACE

@@ -2,8 +2,6 @@
 // side, blocks of them in vector registers. What is added up in which order depends on the shapes
 // alone, so the number of threads changes no bit, and no setting of torch's reaches it.
 #pragma once
-#include <utility>
-
 #include "common/convert.h"
 #include "common/lanes.h"
 #include "common/parallel.h"
@@ -35,29 +33,11 @@ struct Matrix {
   Matrix transposed() const { return {data, dtype, columns, rows, column, row}; }
 };
 
-template <int kStep, size_t... kLane>
-KDK_INLINE void exchange(Floats& a, Floats& b, std::index_sequence<kLane...>) {
-  const Floats x = a, y = b;
-#if defined(__clang__)
-  a = __builtin_shufflevector(x, y, ((kLane & kStep) ? kLane - kStep + kFloats : kLane)...);
-  b = __builtin_shufflevector(x, y, ((kLane & kStep) ? kLane + kFloats : kLane + kStep)...);
-#else
-  typedef int32_t Ints __attribute__((vector_size(KDK_VECTOR_BYTES)));
-  a = __builtin_shuffle(x, y, Ints{((kLane & kStep) ? kLane - kStep + kFloats : kLane)...});
-  b = __builtin_shuffle(x, y, Ints{((kLane & kStep) ? kLane + kFloats : kLane + kStep)...});
-#endif
-}
-template <int kStep>
-KDK_INLINE void transpose_steps(Floats (&v)[kFloats]) {
-  for (int i = 0; i < kFloats; ++i)
-    if (!(i & kStep)) exchange<kStep>(v[i], v[i + kStep], std::make_index_sequence<kFloats>{});
-  if constexpr (kStep > 1) transpose_steps<kStep / 2>(v);
-}
 // A square block of as many rows as a vector has lanes.
 KDK_INLINE void transpose_block(const float* in, int64_t in_row, float* out, int64_t out_row) {
   Floats v[kFloats];
   for (int i = 0; i < kFloats; ++i) v[i] = load(in + i * in_row);
-  transpose_steps<kFloats / 2>(v);
+  transpose(v);
   for (int i = 0; i < kFloats; ++i) store(out + i * out_row, v[i]);
 }
 

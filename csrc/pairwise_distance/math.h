@@ -14,16 +14,19 @@ enum MatchReduction : int { kAllPairs = 0, kKeptPairs = 1, kSum = 2 };
 
 KDK_HD float lesser(float a, float b) { return a < b ? a : b; }
 KDK_HD float greater(float a, float b) { return a > b ? a : b; }
+KDK_HD float root(float x) { return sqrtf(x); }
 
 // A distance from its square; no square below eps is told apart from eps.
-KDK_HD float distance(float d2, float eps, bool squared) {
-  const float x = greater(d2, eps);
-  return squared ? x : sqrtf(x);
+template <typename F>
+KDK_HD F distance(F d2, F eps, bool squared) {
+  const F x = greater(d2, eps);
+  return squared ? x : root(x);
 }
 // Its derivative by the square, 0 where that was below eps.
-KDK_HD float distance_slope(float d2, float d, float eps, bool squared) {
-  const float slope = squared ? 1.f : 0.5f / d;
-  return (d2 >= eps) & (d2 > 0.f) ? slope : 0.f;
+template <typename F>
+KDK_HD F distance_slope(F d2, F d, F eps, F one, bool squared) {
+  const F slope = squared ? one : 0.5f * one / d, none = 0.f * one;
+  return (d2 >= eps) & (d2 > none) ? slope : none;
 }
 
 // Smooth-L1 of a difference already divided by beta, over beta: value c (x - c / 2) and slope c.
