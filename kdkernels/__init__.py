@@ -16,7 +16,6 @@ from kdkernels.losses.contrastive import (
     CompRessLoss,
     CRDLoss,
     InfoNCEDistillationLoss,
-    Queue,
     SEEDLoss,
     compress_loss,
     crd_loss,
@@ -100,6 +99,7 @@ from kdkernels.losses.pixels import (
     cross_image_relation_loss,
     pairwise_structure_loss,
 )
+from kdkernels.losses.queue import Queue
 from kdkernels.losses.relational import (
     HardDarkRankLoss,
     RKDAngleLoss,

@@ -107,6 +107,8 @@ def entries(text: str) -> list[tuple[str, str]]:
 def _escaped(text: str) -> str:
     """Text of a docstring as markdown: no tags, and links where it says "as kl_div" or "kl_div's"."""
     text = re.sub(r"(?<!`)<(?!`)", "&lt;", text)
+    text = text.replace("kdkernels/distributed/README.md", "[over ranks](../distributed.md)")
+    text = re.sub(r"kdkernels/ops/(\w+)/README\.md", r"[\1](../families/\1.md)", text)
     names = "|".join(f.__name__ for f in losses())
     return re.sub(rf"(?<![\w`./(])({names})(?![\w(`])", r"[`\1`](../losses/\1.md)", text)
 

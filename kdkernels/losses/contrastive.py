@@ -16,7 +16,7 @@ from kdkernels import backends
 from kdkernels.losses import checks
 from kdkernels.losses.linear import _check_chunk
 from kdkernels.losses.module import LossModule
-from kdkernels.losses.relational import _normalized
+from kdkernels.losses.samples import normalized
 from kdkernels.ops.linear_divergence.heads import Head
 from kdkernels.ops.linear_divergence.op import linear_divergence
 from kdkernels.ops.row_divergence.kinds import Kind
@@ -78,7 +78,7 @@ def compress_loss(
         TypeError, BackendError: as linear_kl_div.
     """
     student, teacher, samples = checks.batch("compress_loss", student, teacher, group, gather=False, weight=weight)
-    s, t = _normalized(student), _normalized(teacher)
+    s, t = normalized(student), normalized(teacher)
     student_head = Head(s, _queue("queue", queue, "student", s))
     shared = teacher_queue is None
     name = "queue" if shared else "teacher_queue"
@@ -122,7 +122,7 @@ def seed_loss(
     Returns, raises: as compress_loss. The teacher gets a gradient if it requires one; the published code detaches it.
     """
     student, teacher, samples = checks.batch("seed_loss", student, teacher, group, gather=False, weight=weight)
-    s, t = _normalized(student), _normalized(teacher)
+    s, t = normalized(student), normalized(teacher)
     if s.shape[1] != t.shape[1]:
         raise ValueError(
             f"student and teacher must have embeddings of one size, got {s.shape[1]} and {t.shape[1]}: project the student's"
@@ -167,7 +167,7 @@ def info_nce_distillation_loss(
     checks.flag("symmetric", symmetric)
     operation = "info_nce_distillation_loss"
     student, teacher, samples = checks.batch(operation, student, teacher, group, gather=False, weight=weight)
-    s, t = _normalized(student), _normalized(teacher)
+    s, t = normalized(student), normalized(teacher)
     if s.shape[1] != t.shape[1]:
         raise ValueError(
             f"student and teacher must have embeddings of one size, got {s.shape[1]} and {t.shape[1]}: project the student's"
@@ -332,7 +332,7 @@ def crd_loss(
         ValueError, TypeError, BackendError: as compress_loss. IndexError: indices outside the bank (on a CPU).
     """
     student, teacher, samples = checks.batch("crd_loss", student, teacher, group, gather=False, indices=indices)
-    s, t = _normalized(student), _normalized(teacher)
+    s, t = normalized(student), normalized(teacher)
     if s.shape[1] != t.shape[1]:
         raise ValueError(f"student and teacher must have embeddings of one size, got {s.shape[1]} and {t.shape[1]}")
     _queue("student_bank", student_bank, "student", s)
@@ -404,68 +404,6 @@ def _nce(
     shift = torch.as_tensor(noise, dtype=x.dtype).log() - log_c
     of_negative = -counts * (torch.nn.functional.logsigmoid(log_c - (negative - log_z)) + shift)
     return of_positive + of_negative.sum(1)
-
-
-# ----------------------------------------------------------------------------------------------------------------- queue
-
-
-class Queue(torch.nn.Module):
-    """The last `size` embeddings, normalised, in a buffer that never moves: the oldest are overwritten in place.
-
-    Queue(65536, 128); loss = seed_loss(s, t, queue.entries); queue.enqueue(t). It starts with random directions. Nothing
-    waits for the device; all of it is in the state_dict, and may be compiled.
-
-    Args:
-        size: how many embeddings it holds.
-        features: their size.
-        dtype: of the entries.
-        generator: of the random directions.
-    """
-
-    entries: torch.Tensor
-    position: torch.Tensor
-
-    def __init__(
-        self, size: int, features: int, *, dtype: torch.dtype = torch.float32, generator: torch.Generator | None = None
-    ):
-        super().__init__()
-        if size < 1 or features < 1:
-            raise ValueError(f"size and features must be at least 1, got {size} and {features}")
-        start = torch.nn.functional.normalize(torch.randn(size, features, generator=generator), dim=1)
-        self.register_buffer("entries", start.to(dtype))
-        self.register_buffer("position", torch.zeros((), dtype=torch.int64))
-
-    @torch.no_grad()
-    def enqueue(self, embeddings: torch.Tensor, *, group: torch.distributed.ProcessGroup | None = None) -> None:
-        """Normalises embeddings (N, features) and puts them over the oldest entries.
-
-        Args:
-            embeddings: at most `size`; not written to.
-            group: those of all its ranks, in the order of ranks, so that every rank keeps the same queue; each must bring
-                as many.
-
-        Raises:
-            ValueError: another number of features, or more embeddings than fit.
-        """
-        size, features = self.entries.shape
-        if embeddings.dim() != 2 or embeddings.shape[1] != features:
-            raise ValueError(f"embeddings must have shape (N, {features}), got {tuple(embeddings.shape)}")
-        x = _normalized(embeddings).to(self.entries)
-        if group is not None:
-            from kdkernels.distributed.batch import all_gather
-
-            ranks = torch.distributed.get_world_size(group)
-            everyone = x.new_empty(ranks * x.shape[0], features)
-            all_gather(everyone, x.contiguous(), group=group)
-            x = everyone
-        if x.shape[0] > size:
-            raise ValueError(f"{x.shape[0]} embeddings do not fit a queue of {size}")
-        places = torch.arange(x.shape[0], device=x.device).add_(self.position).remainder_(size)
-        self.entries.index_copy_(0, places, x)
-        self.position.add_(x.shape[0]).remainder_(size)
-
-    def extra_repr(self) -> str:
-        return f"{self.entries.shape[0]}, {self.entries.shape[1]}"
 
 
 class CompRessLoss(LossModule):

@@ -11,13 +11,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from kdkernels import backends
 from kdkernels.losses import checks
 from kdkernels.losses.module import LossModule
-from kdkernels.losses.relational import EPS, _normalized
+from kdkernels.losses.samples import EPS, mean_square, normalized, off_diagonal, squared_distances, wide
 from kdkernels.ops.edge_relation import op as edge_relation
 from kdkernels.ops.gram_match.kinds import Kind, Normalize
 from kdkernels.ops.gram_match.op import gram_match
 from kdkernels.ops.graph_closure import op as closure
-from kdkernels.ops.pairwise_distance import op as pairwise
-from kdkernels.ops.pairwise_distance import reference as pairwise_reference
 from kdkernels.ops.pairwise_distance.reference import smooth_l1
 from kdkernels.ops.scalars import Number, readable
 
@@ -25,25 +23,6 @@ if TYPE_CHECKING:
     from kdkernels.distributed.batch import Samples
 
 KERNELS = ("linear", "polynomial", "euclidean", "rbf")
-
-
-def wide(x: torch.Tensor) -> torch.Tensor:
-    """At least float32."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def squared_distances(x: torch.Tensor, backend: str) -> torch.Tensor:
-    if backend == "reference":
-        return pairwise_reference.squared_distances(wide(x))
-    return pairwise.squared_distances(x, backend=backend)[0]
-
-
-def off_diagonal(x: torch.Tensor) -> torch.Tensor:
-    return ~torch.eye(x.shape[0], dtype=torch.bool, device=x.device)
-
-
-def mean_square(x: torch.Tensor) -> torch.Tensor:
-    return x.pow(2).sum() / max(x.numel(), 1)
 
 
 # --------------------------------------------------------------------------------------------------- structure of nodes
@@ -54,7 +33,7 @@ def _kernel_matrix(
     samples: Samples | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Of all samples; with `samples`, this rank's rows of it, from this rank's x."""
-    x = _normalized(x) if normalize else wide(x)
+    x = normalized(x) if normalize else wide(x)
     if samples is not None:
         from kdkernels.distributed import ring
 
@@ -158,7 +137,7 @@ def _edge_kernel(
     offset: float, squared: bool,
 ) -> torch.Tensor:  # fmt: skip
     """_kernel_matrix's elements along edges."""
-    x = _normalized(x) if normalize else wide(x)
+    x = normalized(x) if normalize else wide(x)
     products = kernel in ("linear", "polynomial")
     value = edge_relation.edge_values(x, edges, products=products, backend=backend)
     if products:

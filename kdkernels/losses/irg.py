@@ -10,9 +10,8 @@ import torch.nn.functional as F
 
 from kdkernels import backends
 from kdkernels.losses import checks
-from kdkernels.losses.graphs import mean_square, off_diagonal, squared_distances, wide
 from kdkernels.losses.module import LossModule
-from kdkernels.losses.relational import EPS
+from kdkernels.losses.samples import EPS, mean_square, off_diagonal, squared_distances, wide
 from kdkernels.ops.scalars import Number
 
 

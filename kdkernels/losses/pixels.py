@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from kdkernels import backends
 from kdkernels.losses import checks
 from kdkernels.losses.module import LossModule
-from kdkernels.losses.relational import EPS
+from kdkernels.losses.samples import EPS
 from kdkernels.ops.pixel_relation import op
 from kdkernels.ops.scalars import Number
 

@@ -7,21 +7,12 @@ import torch
 from kdkernels import backends
 from kdkernels.losses import checks
 from kdkernels.losses.module import LossModule
+from kdkernels.losses.samples import EPS, normalized, squared_distances
 from kdkernels.ops.pairwise_distance import op as pairwise
 from kdkernels.ops.pairwise_distance import reference as pairwise_reference
 from kdkernels.ops.scalars import Number
 from kdkernels.ops.triplet_angle import op as angles
 from kdkernels.ops.triplet_angle import reference as angles_reference
-
-EPS = 1e-12
-
-
-def _normalized(x: torch.Tensor) -> torch.Tensor:
-    """Rows of length 1, at least in float32; a zero row stays zero and gets no gradient."""
-    x = x if x.dtype == torch.float64 else x.float()
-    alive = (x != 0).any(1, keepdim=True)
-    length = torch.linalg.vector_norm(x.where(alive, 1.0), dim=1, keepdim=True).clamp_min(EPS)
-    return (x / length).where(alive, 0.0)
 
 
 def _pairs(
@@ -71,7 +62,7 @@ class _Distances:
         self.rows = self.samples if ring else None
         self.n = self.student.shape[0] if self.samples is None else self.samples.whole
         if normalize:
-            self.student, self.teacher = _normalized(self.student), _normalized(self.teacher)
+            self.student, self.teacher = normalized(self.student), normalized(self.teacher)
         if self.reference:
             dtype = torch.promote_types(torch.promote_types(self.student.dtype, self.teacher.dtype), torch.float32)
             self.student, self.teacher = self.student.to(dtype), self.teacher.to(dtype)
@@ -83,15 +74,10 @@ class _Distances:
     def squared(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Of both models."""
         if self.rows is not None:
-            from kdkernels.distributed.ring import squared_distances
+            from kdkernels.distributed import ring
 
-            return squared_distances(self.student, self.rows), squared_distances(self.teacher, self.rows)
-        return self._whole(self.student), self._whole(self.teacher)
-
-    def _whole(self, x: torch.Tensor) -> torch.Tensor:
-        if self.reference:
-            return pairwise_reference.squared_distances(x)
-        return pairwise.squared_distances(x, backend=self.backend)[0]
+            return ring.squared_distances(self.student, self.rows), ring.squared_distances(self.teacher, self.rows)
+        return squared_distances(self.student, self.backend), squared_distances(self.teacher, self.backend)
 
     def pairs(self, mask: torch.Tensor | None, labels: torch.Tensor | None) -> torch.Tensor | None:
         """The weights of the pairs that squared() has."""

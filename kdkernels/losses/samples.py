@@ -1,0 +1,37 @@
+"""What losses between samples share: lengths, distances, and the least that counts."""
+
+from __future__ import annotations
+
+import torch
+
+from kdkernels.ops.pairwise_distance import op as pairwise
+from kdkernels.ops.pairwise_distance import reference as pairwise_reference
+
+EPS = 1e-12  # the least squared distance, or length, that is not taken for 0
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """At least float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def normalized(x: torch.Tensor) -> torch.Tensor:
+    """Rows of length 1, at least in float32; a zero row stays zero and gets no gradient."""
+    x = wide(x)
+    alive = (x != 0).any(1, keepdim=True)
+    length = torch.linalg.vector_norm(x.where(alive, 1.0), dim=1, keepdim=True).clamp_min(EPS)
+    return (x / length).where(alive, 0.0)
+
+
+def squared_distances(x: torch.Tensor, backend: str) -> torch.Tensor:
+    if backend == "reference":
+        return pairwise_reference.squared_distances(wide(x))
+    return pairwise.squared_distances(x, backend=backend)[0]
+
+
+def off_diagonal(x: torch.Tensor) -> torch.Tensor:
+    return ~torch.eye(x.shape[0], dtype=torch.bool, device=x.device)
+
+
+def mean_square(x: torch.Tensor) -> torch.Tensor:
+    return x.pow(2).sum() / max(x.numel(), 1)
