@@ -85,7 +85,7 @@ def test_inequalities_between_divergences(backend, pair):
     kl = kd.kl_div(student, teacher, reduction="none", backend=backend)
     assert (js <= math.log(2) + 1e-6).all()
     assert (tv <= 1 + 1e-6).all()
-    assert (tv <= (kl.clamp_min(0) / 2).sqrt() + 1e-5).all()  # Pinsker
+    assert (2 * tv**2 <= kl + 1e-6).all()  # Pinsker, as near to equality as two rounded values can tell
     assert (js <= tv * math.log(2) + 1e-5).all()  # Lin
 
 

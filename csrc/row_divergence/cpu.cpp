@@ -1,6 +1,7 @@
 // Row divergences on the CPU: rows are shared among threads; cpu_row.h works on one at a time and
 // cpu_lanes.h on sixteen.
 #include <algorithm>
+#include <vector>
 
 #include "common/convert.h"
 #include "common/parallel.h"
@@ -18,7 +19,7 @@ constexpr int64_t kShortClasses = 128;    // and rows of neighbouring classes up
 
 // What a call writes beside gradients, and what multiplies those.
 struct Output {
-  float *losses, *stats;  // null in a backward pass
+  float *losses, *stats;  // null in a backward pass; statistics also where nobody wants them
   const float* upstream;
   bool per_row;
   float* by_temperature;  // two a row; null where no temperature learns
@@ -107,6 +108,8 @@ void row_divergence_forward(Tensor student, Tensor teacher, Tensor labels, Tenso
                             int64_t threads) {
   Job job = make_job(student, teacher, labels, weight, class_weight, scalars, ds, dt, kind, inputs,
                      hard, ignore_index, threads);
+  float counted[2] = {1.f, 1.f};  // where nobody wants to know them
+  float* divisor = divisors ? divisors.as<float>() : counted;
   if (count) {
     double kd = 0.0, ce = 0.0;
     for (int64_t r = 0; r < job.rows; ++r) {
@@ -114,11 +117,12 @@ void row_divergence_forward(Tensor student, Tensor teacher, Tensor labels, Tenso
       kd += w;
       if (w != 0.0 && (count & 2)) ce += w * job.label_weight(r);
     }
-    if (count & 1) divisors.as<float>()[0] = static_cast<float>(kd);
-    if (count & 2) divisors.as<float>()[1] = static_cast<float>(ce);
+    if (count & 1) divisor[0] = static_cast<float>(kd);
+    if (count & 2) divisor[1] = static_cast<float>(ce);
   }
-  set_factors(job, divisors);
-  float* out = losses.as<float>();
+  set_factors(job, divisor);
+  std::vector<float> unasked(losses ? 0 : job.rows);
+  float* out = losses ? losses.as<float>() : unasked.data();
   const float one = 1.f;
   run(job, {out, stats.as<float>(), &one, false, nullptr});
   if (!total) return;
@@ -134,7 +138,8 @@ void row_divergence_backward(Tensor student, Tensor teacher, Tensor labels, Tens
                              int64_t threads) {
   Job job = make_job(student, teacher, labels, weight, class_weight, scalars, ds, dt, kind, inputs,
                      hard, ignore_index, threads);
-  set_factors(job, divisors);
+  const float none[2] = {1.f, 1.f};
+  set_factors(job, divisors ? divisors.as<float>() : none);
   run(job, {nullptr, nullptr, upstream.as<float>(), upstream.numel() != 1,
             temperature_grad.as<float>()});
 }

@@ -99,7 +99,8 @@ class LaneKernel {
             live ? static_cast<float>(-teacher_.dot[l] * teacher_.scale) : 0.f;
       }
       if (!losses) continue;
-      float* s = stats + l * kStats;
+      float unread[kStats];
+      float* s = stats ? stats + l * kStats : unread;
       s[kTopS] = student_.ref[l], s[kTopT] = teacher_.ref[l];
       s[kZs] = static_cast<float>(student_.z[l]), s[kZt] = static_cast<float>(teacher_.z[l]);
       s[kZ1] = job_.hard ? static_cast<float>(hard_.z[l]) : 0.f;

@@ -195,9 +195,9 @@ def _terms(
             grads = iter(torch.autograd.grad(rows.sum(), wanted) if wanted else ())
         return rows.detach(), next(grads) if want_s else None, next(grads) if want_t else None
     scalars = pack((1.0, 1.0, 1.0, 0.0, 0.0, job.p0, job.p1, 0.0))
-    _, losses, _, grads = forward_op(
+    _, (losses, _), grads = forward_op(
         a, b, None, (w * job.kd).contiguous(), None, scalars, None, int(job.kind), int(Inputs.LOG_PROBS), False, 0, -100, 1,
-        want_s, want_t, job.backend,
+        True, want_s, want_t, job.backend,
     )  # fmt: skip
     made = iter(grads)
     return losses, next(made) if want_s else None, next(made) if want_t else None

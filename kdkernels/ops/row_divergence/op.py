@@ -56,8 +56,8 @@ def _collect(x: torch.Tensor | None, view: View | None) -> None:
         x.copy_(view[0])
 
 
-# Returns the total, the losses of the rows, a float32 (rows + 1, STATS) tensor with a row's statistics each, then the two
-# divisors; and the gradients that are wanted.
+# Returns the total; if wanted, the losses of the rows and a float32 (rows + 1, STATS) tensor with a row's statistics each,
+# then the two divisors; and the gradients that are wanted.
 def _forward(
     student: torch.Tensor,
     teacher: torch.Tensor,
@@ -72,36 +72,44 @@ def _forward(
     count: int,
     ignore_index: int,
     dim: int,
+    want_rows: bool,
     want_student: bool,
     want_teacher: bool,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    rows = _rows(student, dim)
+) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     total = student.new_empty((), dtype=torch.float32)
-    losses = student.new_empty(rows, dtype=torch.float32)
-    saved = student.new_empty((rows + 1, STATS), dtype=torch.float32)
     ds, dt = _outputs(student, teacher, want_student, want_teacher)
-    used = None
-    if divisors is not None or count:
-        used = saved[rows, :2]
-        used.fill_(1.0) if divisors is None else used.copy_(divisors)
+    losses = stats = used = None
+    about_rows = []
+    if want_rows or backend != "cpu":  # the CPU kernel finds room for itself, sooner than torch does
+        rows = _rows(student, dim)
+        losses = student.new_empty(rows, dtype=torch.float32)
+        saved = student.new_empty((rows + 1, STATS), dtype=torch.float32)
+        stats = View(saved, (rows, STATS), (STATS, 1))
+        if divisors is not None or count:
+            used = saved[rows, :2]
+            used.fill_(1.0) if divisors is None else used.copy_(divisors)
+        if want_rows:
+            about_rows = [losses, saved]
+    elif divisors is not None:
+        used = divisors.contiguous()
     s, t, ds_rows, dt_rows = layout.rows(dim, student, teacher, ds, dt)
     _kernels(backend)[0](
-        s, t, labels, weight, class_weight, scalars, used, losses, View(total, (1,), (1,)),
-        View(saved, (rows, STATS), (STATS, 1)), ds_rows, dt_rows, kind, inputs, int(hard), count, ignore_index,
+        s, t, labels, weight, class_weight, scalars, used, losses, View(total, (1,), (1,)), stats, ds_rows, dt_rows, kind,
+        inputs, int(hard), count, ignore_index,
     )  # fmt: skip
     _collect(ds, ds_rows)
     _collect(dt, dt_rows)
-    return total, losses, saved, _wanted(ds, dt)
+    return total, about_rows, _wanted(ds, dt)
 
 
 def _forward_fake(student, teacher, labels, weight, class_weight, scalars, divisors, kind, inputs, hard, count,
-                  ignore_index, dim, want_student, want_teacher, backend):  # fmt: skip
+                  ignore_index, dim, want_rows, want_student, want_teacher, backend):  # fmt: skip
     rows = _rows(student, dim)
+    shapes = [(rows,), (rows + 1, STATS)] if want_rows else []
     return (
         student.new_empty((), dtype=torch.float32),
-        student.new_empty(rows, dtype=torch.float32),
-        student.new_empty((rows + 1, STATS), dtype=torch.float32),
+        [student.new_empty(shape, dtype=torch.float32) for shape in shapes],
         _wanted(*_outputs(student, teacher, want_student, want_teacher)),
     )
 
@@ -149,7 +157,7 @@ def _backward_fake(student, teacher, labels, weight, class_weight, scalars, save
 forward_op = define(
     "row_divergence_forward(Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, Tensor? class_weight, "
     "Tensor scalars, Tensor? divisors, int kind, int inputs, bool hard, int count, int ignore_index, int dim, "
-    "bool want_student, bool want_teacher, str backend) -> (Tensor, Tensor, Tensor, Tensor[])",
+    "bool want_rows, bool want_student, bool want_teacher, str backend) -> (Tensor, Tensor[], Tensor[])",
     _forward,
     _forward_fake,
 )
@@ -169,9 +177,9 @@ class RowDivergence(torch.autograd.Function):
     def forward(ctx, student, teacher, temperature, teacher_temperature, labels, weight, class_weight, scalars, divisors,
                 options):  # fmt: skip
         kind, inputs, hard, count, ignore_index, dim, per_row, scale_by_t2, shared_temperature, backend = options
-        total, losses, saved, _ = forward_op(
+        total, (losses, saved), _ = forward_op(
             student, teacher, labels, weight, class_weight, scalars, divisors, kind, inputs, hard, count, ignore_index,
-            dim, False, False, backend,
+            dim, True, False, False, backend,
         )  # fmt: skip
         output = _per_row(losses, student, dim) if per_row else total
         ctx.save_for_backward(output, student, teacher, labels, weight, class_weight, scalars, saved)
@@ -294,12 +302,12 @@ def row_divergence(
         return RowDivergence.apply(
             student, teacher, *learned, labels, weight, class_weight, plan.scalars, divisors, options
         )
-    total, losses, _, grads = forward_op(
+    total, about_rows, grads = forward_op(
         student, teacher, labels, weight, class_weight, plan.scalars, divisors, int(kind), inputs, hard, count, ignore_index,
-        dim, want_s, want_t, backend,
+        dim, per_row, want_s, want_t, backend,
     )  # fmt: skip
     if not grads:
-        return _per_row(losses, student, dim) if per_row else total
+        return _per_row(about_rows[0], student, dim) if per_row else total
     learners = (student, teacher) if want_s and want_t else (student if want_s else teacher,)
     return with_gradients("row_divergence", backend, total, grads, learners)
 

@@ -54,22 +54,23 @@ class StoredGradients(torch.autograd.Function):
     """Joins a loss to inputs whose gradients were made with it, for an upstream gradient of 1."""
 
     @staticmethod
-    def forward(ctx: Any, operation: str, backend: str, loss: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        output = loss.detach()
+    def forward(
+        ctx: Any, operation: str, backend: str, made: tuple[torch.Tensor, ...], *inputs: torch.Tensor
+    ) -> torch.Tensor:
         ctx.about = operation, backend
-        ctx.save_for_backward(output, *tensors[: len(tensors) // 2])
-        return output
+        ctx.save_for_backward(*made)
+        return made[0]
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> Any:
         operation, backend = ctx.about
         output, *grads = ctx.saved_tensors
         grads = scaled(grads, upstream, backend, keep=graph_is_kept())
-        return (None, None, None, *[None] * len(grads), *first_order(operation, output, tuple(grads)))
+        return (None, None, None, *first_order(operation, output, tuple(grads)))
 
 
 def with_gradients(
     operation: str, backend: str, loss: torch.Tensor, grads: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """The loss, through which `inputs` get `grads`: dense tensors, which this takes over."""
-    return StoredGradients.apply(operation, backend, loss, *grads, *inputs)
+    return StoredGradients.apply(operation, backend, (loss, *grads), *inputs)
