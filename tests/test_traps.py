@@ -470,8 +470,9 @@ def test_rows_do_not_depend_on_their_order(fused: Target, classes: int, generato
     again, again_grad = run(distillation_loss, fused, s[order], t[order], labels[order], reduction="none")
     if classes * s.element_size() % 16 and "cuda" in fused.backend:
         # CUDA C++ cuts a row at 16-byte boundaries, which lie elsewhere in the next row.
-        close(again, loss[order], rtol=1e-6, atol=1e-7)
-        close(again_grad, grad[order], rtol=1e-6, atol=1e-8)
+        # Both are differences of terms of the order of one: a few roundings of those.
+        close(again, loss[order], rtol=1e-6, atol=5e-7)
+        close(again_grad, grad[order], rtol=1e-6, atol=5e-7)
         return
     assert torch.equal(bits(again), bits(loss[order]))
     assert torch.equal(bits(again_grad), bits(grad[order]))

@@ -45,11 +45,12 @@ class _Split(NamedTuple):
     copied: bool
 
 
+Splits = tuple[tuple[_Split | None, ...], int]  # of each tensor; how many of them must be copied
+
+
 @functools.lru_cache(maxsize=4096)
-def _splits(
-    shape: tuple[int, ...], strides: tuple[tuple[int, ...] | None, ...], dim: int
-) -> tuple[tuple[_Split | None, ...], int]:
-    """How each of these tensors of one shape splits, at the place that leaves the fewest to be copied; how many."""
+def _splits(shape: tuple[int, ...], strides: tuple[tuple[int, ...] | None, ...], dim: int) -> Splits:
+    """How each of these tensors of one shape splits, at the place that leaves the fewest to be copied."""
     # Everything before the class axis is the usual answer: (N, V), (B, T, V) and (N, V, H, W). There every copy splits.
     candidates = [dim, *(k for k in range(len(shape) - 1, -1, -1) if k != dim)]
     found = []
@@ -72,17 +73,29 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(max(n, 1) for n in shape[d + 1 :]) for d in range(len(shape)))
 
 
+def splits(dim: int, *tensors: torch.Tensor | None) -> Splits:
+    """How `rows` sees tensors like these, for `views`."""
+    strides = tuple([None if x is None else x.stride() for x in tensors])
+    return _splits(tensors[0].shape, strides, dim)  # type: ignore[union-attr]
+
+
+def views(by: Splits, *tensors: torch.Tensor | None) -> list[View | None]:
+    """`rows`, where it is known how."""
+    each, copies = by
+    if copies:
+        tensors = tuple(x if x is None or not split.copied else x.contiguous() for x, split in zip(tensors, each))
+    # The constructor that NamedTuple writes would take longer than all the rest.
+    new = tuple.__new__
+    return [None if x is None else new(View, (x, split[0], split[1])) for x, split in zip(tensors, each)]
+
+
 def rows(dim: int, *tensors: torch.Tensor | None) -> list[View | None]:
     """Tensors of one shape as (outer, classes, inner), all split at one place; None stays None.
 
     Row r = o * inner + i; this is the row-major order of the shape without the class axis, wherever it was split. A view
     is of a copy only where the strides of its tensor allow no other. `dim` is non-negative, and the first tensor given.
     """
-    strides = tuple([None if x is None else x.stride() for x in tensors])
-    splits, copies = _splits(tensors[0].shape, strides, dim)  # type: ignore[union-attr]
-    if copies:
-        tensors = tuple(x if x is None or not split.copied else x.contiguous() for x, split in zip(tensors, splits))
-    return [None if x is None else View(x, split[0], split[1]) for x, split in zip(tensors, splits)]
+    return views(splits(dim, *tensors), *tensors)
 
 
 def flat(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

@@ -8,6 +8,17 @@ from typing import Any
 import torch
 
 LIBRARY = torch.library.Library("kdkernels", "DEF")
+PLAIN = {torch.Tensor, torch.nn.Parameter}
+
+
+def looked_at(*tensors: torch.Tensor) -> bool:
+    """Whether something looks on: torch.compile, a dispatch mode, a tensor subclass."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    for x in tensors:  # noqa: SIM110 (a generator would take three times as long)
+        if type(x) not in PLAIN:
+            return True
+    return False
 
 
 def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -16,9 +27,8 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     define + impl costs a third of torch.library.custom_op per call, and opcheck passes either way.
 
     Returns:
-        What our own code calls: the operator where something looks on (torch.compile, a dispatch
-        mode, a tensor subclass), else the implementation itself, which saves the dispatcher's share
-        of a small call.
+        What our own code calls: the operator where something looks on, else the implementation
+        itself, which saves the dispatcher's share of a small call.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -27,8 +37,7 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     operator = getattr(torch.ops.kdkernels, name).default
 
     def call(x: torch.Tensor, *args: Any) -> Any:
-        watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-        if watched or type(x) not in (torch.Tensor, torch.nn.Parameter):
+        if looked_at(x):
             with torch.no_grad():  # gradients are our own business
                 return operator(x, *args)
         return implementation(x, *args)
@@ -64,10 +73,3 @@ def first_order(
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return FirstOrderOnly.apply(operation, output, *grads)
     return grads
-
-
-def graph_is_kept() -> bool:
-    """Whether the running backward pass was asked to retain its graph, so that saved tensors must stay."""
-    if torch.compiler.is_compiling():
-        return False  # operators are functionalised there: nothing saved is overwritten
-    return torch._C._autograd._get_current_graph_task_keep_graph()

@@ -6,7 +6,7 @@ import torch
 
 from kdkernels.ops.gram_match import native, reference
 from kdkernels.ops.gram_match.kinds import Kind, Normalize
-from kdkernels.ops.library import define, first_order, graph_is_kept
+from kdkernels.ops.library import define, first_order
 from kdkernels.ops.scalars import pack
 from kdkernels.ops.scale.op import scaled
 
@@ -101,7 +101,7 @@ class GramMatch(torch.autograd.Function):
         with torch.no_grad():
             loss, *made = ctx.saved_tensors
             stored = tuple(g for g, want in zip(made, wanted) if want)
-            grads = iter(scaled(stored, upstream, ctx.backend, keep=graph_is_kept()))
+            grads = iter(scaled(stored, upstream, ctx.backend))
             out = tuple(next(grads).to(dtype) if want else None for want, dtype in zip(wanted, ctx.dtypes))
         return (*first_order("gram_match", loss, out), None, None)
 

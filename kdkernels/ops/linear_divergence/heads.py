@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 
 from kdkernels.native import View
-from kdkernels.ops.library import graph_is_kept
 from kdkernels.ops.linear_divergence import gemm
 from kdkernels.ops.scalars import Number, pack
 from kdkernels.ops.scale.op import scaled
@@ -148,7 +147,7 @@ def times_upstream(
     """Gradients that the forward made, by the upstream gradient: in place where they are in their dtype already."""
     kept = [i for i, (g, d) in enumerate(zip(grads, dtypes, strict=True)) if g.dtype == d != torch.float64]
     with torch.no_grad():
-        ready = dict(zip(kept, scaled(tuple(grads[i] for i in kept), upstream, backend, graph_is_kept())))
+        ready = dict(zip(kept, scaled(tuple(grads[i] for i in kept), upstream, backend)))
         return [
             ready[i] if i in ready else (g * upstream).to(dtype)
             for i, (g, dtype) in enumerate(zip(grads, dtypes, strict=True))

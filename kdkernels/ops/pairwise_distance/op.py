@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from kdkernels.ops.library import define, first_order, graph_is_kept
+from kdkernels.ops.library import define, first_order
 from kdkernels.ops.pairwise_distance import native
 from kdkernels.ops.scale.op import scaled
 
@@ -134,7 +134,7 @@ def stored_gradients(
     with torch.no_grad():
         loss, *made = ctx.saved_tensors
         grads = tuple(g for g, want in zip(made, wanted) if want)
-        grads = iter(scaled(grads, upstream, ctx.backend, keep=graph_is_kept()))
+        grads = iter(scaled(grads, upstream, ctx.backend))
     return first_order(operation, loss, tuple(next(grads) if want else None for want in wanted))
 
 

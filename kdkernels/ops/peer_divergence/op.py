@@ -10,7 +10,7 @@ import torch
 from kdkernels import backends
 from kdkernels.native import View
 from kdkernels.ops import layout
-from kdkernels.ops.library import define, first_order, graph_is_kept
+from kdkernels.ops.library import define, first_order
 from kdkernels.ops.peer_divergence import native, reference
 from kdkernels.ops.scalars import Number, pack
 from kdkernels.ops.scale.op import scaled
@@ -180,7 +180,7 @@ class PeerDivergence(torch.autograd.Function):
     def backward(ctx, upstream):
         if ctx.stored:
             output, d = ctx.saved_tensors
-            (d,) = scaled((d,), upstream, ctx.backend, keep=graph_is_kept())
+            (d,) = scaled((d,), upstream, ctx.backend)
         else:
             output, labels, weight, scalars, used, first, *others = ctx.saved_tensors
             with torch.no_grad():

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kdkernels.ops.library import define, first_order, graph_is_kept
+from kdkernels.ops.library import define, first_order
 from kdkernels.ops.linear_divergence.heads import FLOAT, LEAST_ROWS
 from kdkernels.ops.linear_divergence.op import buffers
 from kdkernels.ops.linear_divergence.op import forward_op as linear_divergence
@@ -113,7 +113,7 @@ def _stored(ctx: Any, operation: str, upstream: torch.Tensor) -> tuple[torch.Ten
     output, *made = ctx.saved_tensors
     with torch.no_grad():
         grads = tuple(g for g, want in zip(made, ctx.needs_input_grad) if want)
-        grads = iter(scaled(grads, upstream, ctx.backend, keep=graph_is_kept()))
+        grads = iter(scaled(grads, upstream, ctx.backend))
     return first_order(operation, output, tuple(next(grads) if want else None for want in ctx.needs_input_grad[:2]))
 
 

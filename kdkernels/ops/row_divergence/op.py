@@ -12,7 +12,7 @@ from kdkernels import backends
 from kdkernels.losses import checks
 from kdkernels.native import View
 from kdkernels.ops import layout
-from kdkernels.ops.library import define, first_order
+from kdkernels.ops.library import define, first_order, looked_at
 from kdkernels.ops.row_divergence import native, reference
 from kdkernels.ops.row_divergence.kinds import (
     DIVERGENCE,
@@ -20,9 +20,10 @@ from kdkernels.ops.row_divergence.kinds import (
     STATS,
     TEMPERATURE,
 )
-from kdkernels.ops.scalars import TENSORS, Number, pack, remembers
+from kdkernels.ops.scalars import Number, pack, remembers
 from kdkernels.ops.scale.op import with_gradients
 
+DIM = 5  # its place in the options of RowDivergence
 COUNT_KD, COUNT_CE = 1, 2  # which divisors a kernel counts from labels and weights
 
 
@@ -76,9 +77,11 @@ def _forward(
     want_student: bool,
     want_teacher: bool,
     backend: str,
+    splits: layout.Splits | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     total = student.new_empty((), dtype=torch.float32)
-    ds, dt = _outputs(student, teacher, want_student, want_teacher)
+    ds = torch.empty_like(student) if want_student else None
+    dt = torch.empty_like(teacher) if want_teacher else None
     losses = stats = used = None
     about_rows = []
     if want_rows or backend != "cpu":  # the CPU kernel finds room for itself, sooner than torch does
@@ -93,14 +96,16 @@ def _forward(
             about_rows = [losses, saved]
     elif divisors is not None:
         used = divisors.contiguous()
-    s, t, ds_rows, dt_rows = layout.rows(dim, student, teacher, ds, dt)
+    splits = splits or layout.splits(dim, student, teacher, ds, dt)
+    s, t, ds_rows, dt_rows = layout.views(splits, student, teacher, ds, dt)
     _kernels(backend)[0](
-        s, t, labels, weight, class_weight, scalars, used, losses, View(total, (1,), (1,)), stats, ds_rows, dt_rows, kind,
+        s, t, labels, weight, class_weight, scalars, used, losses, total, stats, ds_rows, dt_rows, kind,
         inputs, int(hard), count, ignore_index,
     )  # fmt: skip
-    _collect(ds, ds_rows)
-    _collect(dt, dt_rows)
-    return total, about_rows, _wanted(ds, dt)
+    if splits[1]:
+        _collect(ds, ds_rows)
+        _collect(dt, dt_rows)
+    return total, about_rows, [x for x in (ds, dt) if x is not None]
 
 
 def _forward_fake(student, teacher, labels, weight, class_weight, scalars, divisors, kind, inputs, hard, count,
@@ -265,7 +270,6 @@ def row_divergence(
     float16 it would underflow (1/N times a probability difference), so there, for one loss a row, and for a learnable
     temperature, the backward reads the logits again.
     """
-    checks.flag("scale_by_t2", scale_by_t2)
     if labels is not None or weight is not None or class_weight is not None:
         axis = checks.scores(f"student_{what}", student, f"teacher_{what}", teacher, dim)
         rows, classes = tuple(student.shape[:axis] + student.shape[axis + 1 :]), student.shape[axis]
@@ -275,10 +279,10 @@ def row_divergence(
         masked = labels is not None or weight is not None
     else:
         masked = False
-    plan = _plan_of(
-        student, teacher, operation, what, int(kind), int(inputs), dim, ignore_index, temperature, teacher_temperature,
-        kd_weight, ce_weight, scale_by_t2, reduction, masked, label_smoothing, num_items, p0, p1, backend,
-    )  # fmt: skip
+    plan = _plan_of(student, teacher, (
+        operation, what, int(kind), int(inputs), dim, ignore_index, temperature, teacher_temperature, kd_weight, ce_weight,
+        scale_by_t2, reduction, masked, label_smoothing, num_items, p0, p1, backend,
+    ))  # fmt: skip
     options = plan.options
     if options is None:
         return reference.row_divergence(
@@ -292,19 +296,19 @@ def row_divergence(
         class_weight = layout.flat(class_weight, torch.float32)
     divisors = None
     learned = (None, None)  # temperatures
-    learns = torch.is_grad_enabled()
-    want_s, want_t = learns and student.requires_grad, learns and teacher.requires_grad
-    _, _, hard, count, _, dim, per_row, _, _, backend = options
+    want_s, want_t = plan.want_student, plan.want_teacher
+    _, inputs, hard, count, _, dim, per_row, _, _, backend = options
     if not plan.plain:
         divisors = _given_divisors(num_items, reduction, student.device)
-        learned = tuple(_learnable(x) if learns else None for x in (temperature, teacher_temperature))
+        learned = tuple(_learnable(x) if torch.is_grad_enabled() else None for x in (temperature, teacher_temperature))
     if learned != (None, None) or ((want_s or want_t) and not plan.stores):
         return RowDivergence.apply(
             student, teacher, *learned, labels, weight, class_weight, plan.scalars, divisors, options
         )
-    total, about_rows, grads = forward_op(
+    run, splits = (forward_op, ()) if plan.splits is None else (_forward, (plan.splits,))
+    total, about_rows, grads = run(
         student, teacher, labels, weight, class_weight, plan.scalars, divisors, int(kind), inputs, hard, count, ignore_index,
-        dim, per_row, want_s, want_t, backend,
+        dim, per_row, want_s, want_t, backend, *splits,
     )  # fmt: skip
     if not grads:
         return _per_row(about_rows[0], student, dim) if per_row else total
@@ -317,38 +321,46 @@ class Plan(NamedTuple):
 
     plain: bool  # no hyper-parameter is a tensor
     stores: bool  # gradients may be made in the forward pass
+    want_student: bool  # a gradient
+    want_teacher: bool
     scalars: torch.Tensor
     options: tuple[Any, ...] | None  # of RowDivergence; None: the reference runs it
+    splits: layout.Splits | None = None  # of the scores and the gradients, where the plan is remembered
 
 
 _plans: dict[tuple[Any, ...], Plan] = {}
 
 
-def _plan_of(
-    student: torch.Tensor, teacher: torch.Tensor, operation: str, what: str, kind: int, inputs: int, dim: int,
-    ignore_index: int, *arguments: Any,
-) -> Plan:  # fmt: skip
+def _plan_of(student: torch.Tensor, teacher: torch.Tensor, arguments: tuple[Any, ...]) -> Plan:
     """A plan, remembered: at small sizes checking and planning would take longer than computing."""
-    plain = type(student) in TENSORS and type(teacher) in TENSORS and type(dim) is type(ignore_index) is int
-    if not plain or not remembers(arguments):
-        return _plan(student, teacher, operation, what, kind, inputs, dim, ignore_index, *arguments)
-    signature = (
-        student.shape, student.dtype, student.device, student.layout, teacher.shape, teacher.dtype, teacher.device,
-        teacher.layout, backends.requested(), operation, what, kind, inputs, dim, ignore_index, arguments,
-    )  # fmt: skip
-    plan = _plans.get(signature)
+    if looked_at(student, teacher):
+        return _plan(student, teacher, *arguments)
+    try:
+        signature = (
+            student.shape, student.stride(), student.dtype, student.device, student.requires_grad, teacher.shape,
+            teacher.stride(), teacher.dtype, teacher.device, teacher.requires_grad, torch.is_grad_enabled(),
+            backends.requested(), arguments, tuple(map(type, arguments)),
+        )  # fmt: skip
+        plan = _plans.get(signature)
+    except (TypeError, RuntimeError):  # an argument has no hash or a tensor no strides: neither has such a call a plan
+        return _plan(student, teacher, *arguments)
     if plan is None:
-        if len(_plans) == 4096:
-            _plans.clear()
-        plan = _plans[signature] = _plan(student, teacher, operation, what, kind, inputs, dim, ignore_index, *arguments)
+        plan = _plan(student, teacher, *arguments)
+        if plan.options is not None and remembers(arguments):
+            outputs = _outputs(student, teacher, plan.want_student, plan.want_teacher)
+            plan = plan._replace(splits=layout.splits(plan.options[DIM], student, teacher, *outputs))
+            if len(_plans) == 4096:
+                _plans.clear()
+            _plans[signature] = plan
     return plan
 
 
 def _plan(
-    student, teacher, operation, what, kind, inputs, dim, ignore_index, temperature, teacher_temperature, kd_weight, ce_weight,
-    scale_by_t2, reduction, masked, label_smoothing, num_items, p0, p1, backend,
+    student, teacher, operation, what, kind, inputs, dim, ignore_index, temperature, teacher_temperature, kd_weight,
+    ce_weight, scale_by_t2, reduction, masked, label_smoothing, num_items, p0, p1, backend,
 ) -> Plan:  # fmt: skip
     dim = checks.scores(f"student_{what}", student, f"teacher_{what}", teacher, dim)
+    checks.flag("scale_by_t2", scale_by_t2)
     checks.number("temperature", temperature, low=0, open_low=True, learnable=True, like=student)
     checks.number(
         "teacher_temperature", teacher_temperature, low=0, open_low=True, learnable=True, optional=True, like=student
@@ -368,6 +380,7 @@ def _plan(
     return Plan(
         not any(isinstance(x, torch.Tensor) for x in (temperature, teacher_temperature, num_items)),
         reduction != "none" and torch.float16 not in (student.dtype, teacher.dtype),
+        *(torch.is_grad_enabled() and x.requires_grad for x in (student, teacher)),
         scalars,
         None if backend == "reference" else options,
     )

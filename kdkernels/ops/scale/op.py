@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from kdkernels import backends
-from kdkernels.ops.library import define, first_order, graph_is_kept
-from kdkernels.ops.scalars import readable
+from kdkernels.ops.library import define, first_order, looked_at
 
 
 def _scale(x: torch.Tensor, factor: torch.Tensor, backend: str) -> None:
@@ -34,16 +33,17 @@ def _fake(x: torch.Tensor, factor: torch.Tensor, backend: str) -> None:
 scale_ = define("scale_(Tensor(a!) x, Tensor factor, str backend) -> ()", _scale, _fake)
 
 
-def scaled(grads: Sequence[torch.Tensor], factor: torch.Tensor, backend: str, keep: bool) -> Sequence[torch.Tensor]:
-    """Dense gradients times a 0-d factor that stays on its device.
+def scaled(grads: Sequence[torch.Tensor], factor: torch.Tensor, backend: str) -> Sequence[torch.Tensor]:
+    """Dense gradients that were saved, times a 0-d factor that stays on its device; for a backward pass.
 
-    In place, and without touching them where the factor is 1, unless `keep` says that they will be
-    needed again as they are.
+    In place, and without touching them where the factor is 1, unless that pass was asked to retain its
+    graph: then they will be needed again as they are.
     """
-    if keep:
+    # Under the compiler operators are functionalised: nothing saved is overwritten.
+    if not torch.compiler.is_compiling() and torch._C._autograd._get_current_graph_task_keep_graph():
         # Also where the factor is 1: whoever receives a gradient may go on writing into it.
         grads = tuple([g.clone() for g in grads])
-    if factor.is_cpu and readable(factor) and factor.item() == 1:
+    if factor.is_cpu and not looked_at(factor) and factor.item() == 1:
         return grads  # the usual case, and on a CPU it can be looked at
     for g in grads:
         scale_(g, factor, backend)
@@ -65,12 +65,17 @@ class StoredGradients(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor) -> Any:
         operation, backend = ctx.about
         output, *grads = ctx.saved_tensors
-        grads = scaled(grads, upstream, backend, keep=graph_is_kept())
+        grads = scaled(grads, upstream, backend)
         return (None, None, None, *first_order(operation, output, tuple(grads)))
+
+
+# Function.apply is a layer of Python for functorch's transforms over this one, and takes 2 us.
+_apply = super(torch.autograd.Function, StoredGradients).apply
 
 
 def with_gradients(
     operation: str, backend: str, loss: torch.Tensor, grads: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """The loss, through which `inputs` get `grads`: dense tensors, which this takes over."""
-    return StoredGradients.apply(operation, backend, (loss, *grads), *inputs)
+    layered = looked_at(loss) or torch._C._are_functorch_transforms_active()
+    return (StoredGradients.apply if layered else _apply)(operation, backend, (loss, *grads), *inputs)

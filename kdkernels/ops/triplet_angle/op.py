@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kdkernels.ops.library import define, first_order, graph_is_kept
+from kdkernels.ops.library import define, first_order
 from kdkernels.ops.pairwise_distance import op as pairwise
 from kdkernels.ops.scalars import pack
 from kdkernels.ops.scale.op import scaled
@@ -113,7 +113,6 @@ class Relations(torch.autograd.Function):
     def backward(ctx, *upstream):
         with torch.no_grad():
             student, teacher, *made = ctx.saved_tensors
-            keep = graph_is_kept()
             grads = []
             for model, x in enumerate((student, teacher)):
                 if not ctx.needs_input_grad[model]:
@@ -121,7 +120,7 @@ class Relations(torch.autograd.Function):
                     continue
                 weights = None
                 for term, factor in enumerate(upstream):
-                    (own,) = scaled((made[3 * term + 1 + model],), factor, ctx.backend, keep=keep)
+                    (own,) = scaled((made[3 * term + 1 + model],), factor, ctx.backend)
                     weights = own if weights is None else weights + own
                 grads.append(pairwise.distances_backward(x, weights, ctx.backend))
         return (*first_order("relational losses", made[0], tuple(grads)), None, None, None, None)

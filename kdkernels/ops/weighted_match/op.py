@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from kdkernels.ops.library import define, first_order, graph_is_kept
+from kdkernels.ops.library import define, first_order
 from kdkernels.ops.scalars import pack
 from kdkernels.ops.scale.op import scaled
 from kdkernels.ops.weighted_match import reference
@@ -148,7 +148,7 @@ def _scaled(
     grads: tuple[torch.Tensor, torch.Tensor], wanted: tuple[bool, bool], upstream: torch.Tensor, backend: str
 ) -> tuple[torch.Tensor | None, ...]:
     """Stored gradients times upstream, None where they are not wanted."""
-    made = iter(scaled([g for g, want in zip(grads, wanted) if want], upstream, backend, keep=graph_is_kept()))
+    made = iter(scaled([g for g, want in zip(grads, wanted) if want], upstream, backend))
     return tuple(next(made) if want else None for want in wanted)
 
 
