@@ -451,3 +451,37 @@ def test_learning_without_forgetting(generator):
     assert not any(p.requires_grad for p in memory.parameters())
     with pytest.raises(KeyError, match="older"):
         memory({"old": now["old"]}, x)
+
+
+# Labels
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "words"),
+    [
+        (torch.zeros(5), TypeError, r"labels must hold class indices \(int64\), got float32"),
+        (
+            torch.zeros(4, dtype=torch.long),
+            ValueError,
+            r"labels must have the shape of the scores .* \(5,\); got \(4,\)",
+        ),
+        (torch.full((5,), 7), IndexError, "labels hold 7, outside 0 to 3"),
+        ([0] * 5, TypeError, "labels must be a tensor, got list"),
+    ],
+    ids=["floating", "shape", "range", "list"],
+)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda z, y: schemes.mutual_learning_loss([z, z], y),
+        lambda z, y: schemes.collaborative_loss([z, z], y, influence=[[0, 1], [1, 0]]),
+        lambda z, y: schemes.self_distillation_loss([z, z], y),
+        lambda z, y: schemes.semi_supervised_loss(z, z, y),
+        lambda z, y: schemes.confidence_weight(z, y),
+        lambda z, y: schemes.ensemble_logits([z, z], y, how="best"),
+    ],
+    ids=["mutual", "collaborative", "self", "semi-supervised", "confidence", "ensemble"],
+)
+def test_bad_labels_are_named(call, labels, error, words):
+    with pytest.raises(error, match=words):
+        call(torch.zeros(5, 4), labels)

@@ -24,7 +24,8 @@ def self_distillation_loss(logits: Sequence[torch.Tensor], labels: torch.Tensor,
         options: keyword arguments of `auxiliary_heads_loss` (temperature, alpha, ...).
 
     Raises:
-        ValueError: no head; as auxiliary_heads_loss.
+        ValueError: no head.
+        ValueError, TypeError, IndexError, BackendError: as auxiliary_heads_loss.
     """
     if len(logits) == 0:
         raise ValueError("logits must hold at least the deepest head's, got none")

@@ -11,7 +11,7 @@ from kdkernels.losses import checks
 from kdkernels.losses.logits import kl_div
 from kdkernels.losses.mutual import mutual_kl_div
 from kdkernels.schemes.gradients import scale_gradient
-from kdkernels.schemes.labels import cross_entropy
+from kdkernels.schemes.labels import cross_entropy, known_labels
 
 
 def _learners(logits: Sequence[torch.Tensor] | torch.Tensor) -> list[torch.Tensor]:
@@ -48,7 +48,7 @@ def mutual_learning_loss(
         options: keyword arguments of `mutual_kl_div` (temperature, pairs, backend, ...).
 
     Raises:
-        ValueError, TypeError, BackendError: as mutual_kl_div.
+        ValueError, TypeError, IndexError, BackendError: as mutual_kl_div.
     """
     learners = _learners(logits)
     alone = torch.stack([cross_entropy(z, labels, ignore_index) for z in learners]).sum()
@@ -85,6 +85,7 @@ def collaborative_loss(
 
     Raises:
         ValueError: `influence` or `label_weights` of another size, a negative weight; as kl_div.
+        TypeError, IndexError, BackendError: as kl_div.
     """
     learners = _learners(logits)
     count = len(learners)
@@ -124,7 +125,8 @@ def ensemble_logits(
             does get a gradient.
 
     Raises:
-        ValueError: an unknown `how`, or what it needs is missing.
+        ValueError: an unknown `how`, or what it needs is missing or of another shape.
+        TypeError, IndexError: labels that are no class indices.
     """
     checks.choice("how", how, ("mean", "best", "gate"))
     stacked = torch.stack([z.detach() for z in _learners(logits)])
@@ -136,6 +138,7 @@ def ensemble_logits(
         return (gate.movedim(-1, 0).unsqueeze(-1) * stacked).sum(0)
     if labels is None:
         raise ValueError("labels must be given for how='best'")
+    labels = known_labels(labels, stacked[0])
     index = labels.expand(len(stacked), *labels.shape).unsqueeze(-1)
     best = stacked.log_softmax(-1).gather(-1, index).argmax(0, keepdim=True)
     return stacked.gather(0, best.expand(1, *stacked.shape[1:])).squeeze(0)

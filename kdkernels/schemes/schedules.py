@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from kdkernels.losses import checks
+from kdkernels.schemes.labels import known_labels
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def confidence_weight(
         float32 weights (...) without a gradient, to be normalised by the loss's reduction "rowmean".
 
     Raises:
-        ValueError: a temperature that is not positive, a negative power.
+        ValueError: a temperature that is not positive, a negative power, labels of another shape.
+        TypeError, IndexError: labels that are no class indices, as kl_div.
     """
     checks.float_tensor("teacher_logits", teacher_logits)
     checks.number("temperature", temperature, low=0, open_low=True)
@@ -86,6 +88,7 @@ def confidence_weight(
     p = (teacher_logits.detach().float() / temperature).softmax(-1)
     if labels is None:
         return p.amax(-1).pow(power)
+    labels = known_labels(labels, teacher_logits, ignore_index)
     kept = labels != ignore_index
     chosen = p.gather(-1, labels.where(kept, 0).unsqueeze(-1)).squeeze(-1)
     return chosen.pow(power).where(kept, 0.0)

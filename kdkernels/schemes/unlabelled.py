@@ -38,7 +38,7 @@ def semi_supervised_loss(
         backend: as kl_div.
 
     Raises:
-        ValueError, TypeError, BackendError: as kl_div; a threshold outside 0 to 1, a negative weight.
+        ValueError, TypeError, IndexError, BackendError: as kl_div; a threshold outside 0 to 1, a negative weight.
     """
     checks.scores("student_logits", student_logits, "teacher_logits", teacher_logits, -1)
     checks.number("weight", weight, low=0)
