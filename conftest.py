@@ -18,9 +18,18 @@ ROOT = Path(__file__).resolve().parent
 IN_PLACE = (ROOT / "kdkernels" / "_build_info.json").exists()
 
 
+def _stale() -> bool:
+    """Whether a source of the CPU kernels is newer than the extension that was built in place."""
+    built = [p.stat().st_mtime for p in (ROOT / "kdkernels").glob("_C*.so")]
+    sources = [p.stat().st_mtime for suffix in ("cpp", "h") for p in (ROOT / "csrc").rglob(f"*.{suffix}")]
+    return bool(built and sources) and max(sources) > max(built)
+
+
 def _choose() -> None:
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
     if IN_PLACE:
+        if _stale():  # said at once: kernels that are called in another way than they know may crash
+            print("csrc is newer than the extension: python setup.py build_ext --inplace", file=sys.stderr)
         sys.path.insert(0, str(ROOT))
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)
