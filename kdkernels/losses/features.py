@@ -11,6 +11,7 @@ from torch import nn
 from kdkernels import backends
 from kdkernels.losses import checks
 from kdkernels.losses.module import LossModule
+from kdkernels.ops.plans import Remembered
 from kdkernels.ops.weighted_match import op, sums
 from kdkernels.ops.weighted_match.maps import of_channels
 from kdkernels.ops.weighted_match.reference import MEASURES, power
@@ -173,25 +174,40 @@ def hint_loss(
     Against others: RepDistiller, mdistiller and torchdistill have these defaults, the first two with a convolution, batch
     normalisation and ReLU as the adapter; mmrazor's L2Loss is normalize=True, reduction="batchmean".
     """
+    s, t = adapted(adapter, student_features), teacher_features
+    dim, factor, backend = _hint_plan((s, t), measure, beta, normalize, dim, reduction, backend)
+    if not normalize:
+        return op.match(s, t, dim=dim, measure=measure, beta=beta, factor=factor, backend=backend)
+    x, y = s.flatten(1), t.flatten(1)
+    if backend == "reference":
+        x, y = as_wide(x, y)
+        return (normalized(x) - normalized(y)).pow(2).sum() * factor
+    # |x/|x| - y/|y||^2 from the second moments of each sample, in float64.
+    _, _, xx, yy, xy = sums.moments(x.unsqueeze(1), y.unsqueeze(1), channels=True, backend=backend)
+    a, b = inverse_norms(xx), inverse_norms(yy)
+    return (sums.ordered_sum(xx * a**2 + yy * b**2 - 2 * xy * (a * b)) * factor).float()
+
+
+@Remembered
+def _hint_plan(
+    tensors: tuple[torch.Tensor, ...],
+    measure: str,
+    beta: float,
+    normalize: bool,
+    dim: int,
+    reduction: str,
+    backend: str,
+) -> tuple[int, float, str]:
+    """hint_loss's channel axis, factor and backend, once its arguments are found to be right."""
     checks.choice("measure", measure, MEASURES)
     checks.choice("reduction", reduction, REDUCTIONS)
     checks.plain_number("beta", beta, low=0, open_low=True)
     checks.flag("normalize", normalize)
     if normalize and measure != "squared":
         raise ValueError(f"normalize goes with measure='squared' only, got {measure!r}")
-    s, t = adapted(adapter, student_features), teacher_features
-    dim = checked(s, t, dim)
-    backend = backends.resolve("hint_loss", (s, t), backend, SUPPORTED)
-    if not normalize:
-        return op.match(s, t, dim=dim, measure=measure, beta=beta, factor=share(s, reduction), backend=backend)
-    x, y = s.flatten(1), t.flatten(1)
-    if backend == "reference":
-        x, y = as_wide(x, y)
-        return (normalized(x) - normalized(y)).pow(2).sum() * share(s, reduction)
-    # |x/|x| - y/|y||^2 from the second moments of each sample, in float64.
-    _, _, xx, yy, xy = sums.moments(x.unsqueeze(1), y.unsqueeze(1), channels=True, backend=backend)
-    a, b = inverse_norms(xx), inverse_norms(yy)
-    return (sums.ordered_sum(xx * a**2 + yy * b**2 - 2 * xy * (a * b)) * share(s, reduction)).float()
+    dim = checked(*tensors, dim)
+    backend = backends.resolve("hint_loss", tensors, backend, SUPPORTED)
+    return dim, share(tensors[0], reduction), backend
 
 
 def inverse_norms(squares: torch.Tensor, eps: float = EPS) -> torch.Tensor:
@@ -212,14 +228,9 @@ def _attention(
     operation: str, student: torch.Tensor, teacher: torch.Tensor, dim: int, *, over_channels: bool, p: float, signed: bool,
     mean: bool, distance: str, eps: float, add_eps: bool, backend: str,
 ) -> torch.Tensor:  # fmt: skip
-    checks.choice("distance", distance, ("squared", "norm"))
-    checks.plain_number("p", p, low=1)
-    checks.plain_number("eps", eps, low=0)
-    checks.flag("signed", signed)
-    checks.flag("add_eps", add_eps)
-    if signed and p != round(p):
-        raise ValueError(f"signed takes an integer p, got {p:g}")
-    backend = backends.resolve(operation, (student, teacher), backend, SUPPORTED)
+    dim, backend = _attention_plan(
+        (student, teacher), operation, dim, over_channels, p, signed, mean, distance, eps, add_eps, backend
+    )
     if backend != "reference":
         return op.attention(
             student, teacher, p, over_channels=over_channels, signed=signed, mean=mean, squared=distance == "squared",
@@ -234,6 +245,23 @@ def _attention(
     rows = squares.sum(1)
     apart = rows != 0  # the root has no derivative at 0; NaN stays NaN
     return sums.ordered_sum(rows.where(apart, 1.0).sqrt().where(apart, 0.0)) / max(rows.numel(), 1)
+
+
+@Remembered
+def _attention_plan(
+    tensors: tuple[torch.Tensor, ...], operation: str, dim: int, over_channels: bool, p: float, signed: bool, mean: bool,
+    distance: str, eps: float, add_eps: bool, backend: str,
+) -> tuple[int, str]:  # fmt: skip
+    """Their channel axis and backend, once all arguments are found to be right."""
+    dim = checked(*tensors, dim, same="pixels" if over_channels else "channels")
+    checks.choice("distance", distance, ("squared", "norm"))
+    checks.plain_number("p", p, low=1)
+    checks.plain_number("eps", eps, low=0)
+    checks.flag("signed", signed)
+    checks.flag("add_eps", add_eps)
+    if signed and p != round(p):
+        raise ValueError(f"signed takes an integer p, got {p:g}")
+    return dim, backends.resolve(operation, tensors, backend, SUPPORTED)
 
 
 def _sums(x: torch.Tensor, p: float, signed: bool, over_channels: bool, mean: bool) -> torch.Tensor:
@@ -299,7 +327,6 @@ def attention_transfer_loss(
         student, teacher = (
             x if tuple(x.shape[2:]) == size else F.adaptive_avg_pool2d(x, size) for x in (student, teacher)
         )
-    dim = checked(student, teacher, dim, same="pixels")
     return _attention(
         "attention_transfer_loss", student, teacher, dim, over_channels=True, p=p, signed=signed, mean=channels == "mean",
         distance=distance, eps=eps, add_eps=add_eps, backend=backend,
@@ -337,7 +364,6 @@ def channel_attention_transfer_loss(
     Raises:
         ValueError, TypeError, BackendError: as attention_transfer_loss; ValueError also where channels differ.
     """
-    dim = checked(student_features, teacher_features, dim, same="channels")
     return _attention(
         "channel_attention_transfer_loss", student_features, teacher_features, dim, over_channels=False, p=p,
         signed=signed, mean=True, distance=distance, eps=eps, add_eps=add_eps, backend=backend,

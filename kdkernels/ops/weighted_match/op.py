@@ -12,13 +12,14 @@ import torch
 
 from kdkernels.ops.library import define, first_order
 from kdkernels.ops.scalars import pack
-from kdkernels.ops.scale.op import scaled
+from kdkernels.ops.scale.op import scaled, with_gradients
 from kdkernels.ops.weighted_match import reference
 from kdkernels.ops.weighted_match.maps import Plan, as_dense, as_line, as_map, is_dense, like, of_channels, plan
 from kdkernels.ops.weighted_match.reference import MEASURES
 from kdkernels.ops.weighted_match.sums import exponent_of, kernels, needs_gradient, power_gradient_op, small
 
 HALF = torch.float16
+Outputs = tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]
 
 
 # ---- weighted differences ----
@@ -40,17 +41,19 @@ def _match(
     want_student: bool,
     want_teacher: bool,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Outputs:
     by_s = plan(s, dim)
     by_t = plan(t, dim, by_s.channels_last)
     outputs = _match_outputs(s, t, by_s, by_t, channel_sums, pixel_sums, want_student, want_teacher)
-    total, channels, pixels, ds, dt = outputs
+    total, of_sides, grads = outputs
     if s.numel() == 0:
-        return total.zero_(), channels.zero_(), pixels.zero_(), ds, dt
+        for x in (total, *of_sides):
+            x.zero_()
+        return outputs
     sides = channel_weight, pixel_weight, channel_offset, pixel_offset
     x, y = as_map(s, by_s), as_map(t, by_t)
-    d_x, d_y = as_dense(ds, by_s) if want_student else None, as_dense(dt, by_t) if want_teacher else None
-    rows, lanes = channels if channel_sums else None, pixels if pixel_sums else None
+    d_x, d_y = as_dense(grads[0], by_s) if want_student else None, as_dense(grads[-1], by_t) if want_teacher else None
+    rows, lanes = of_sides[0] if channel_sums else None, of_sides[-1] if pixel_sums else None
     if by_s.channels_last:
         sides = pixel_weight, channel_weight, pixel_offset, channel_offset
         rows, lanes = lanes, rows
@@ -62,16 +65,25 @@ def _match(
 
 def _match_outputs(
     s: torch.Tensor, t: torch.Tensor, by_s: Plan, by_t: Plan, channels: bool, pixels: bool, student: bool, teacher: bool
-) -> tuple[torch.Tensor, ...]:
-    _, rows, lanes = by_s.shape
-    n_channels, n_pixels = (lanes, rows) if by_s.channels_last else (rows, lanes)
+) -> Outputs:
+    of_sides = []
+    if channels or pixels:
+        _, rows, lanes = by_s.shape
+        n_channels, n_pixels = (lanes, rows) if by_s.channels_last else (rows, lanes)
+        sizes = [n for n, want in ((n_channels, channels), (n_pixels, pixels)) if want]
+        of_sides = [torch.empty((2, s.shape[0], n), dtype=torch.float32, device=s.device) for n in sizes]
     return (
         torch.empty((), dtype=torch.float32, device=s.device),
-        torch.empty((2, s.shape[0], n_channels) if channels else 0, dtype=torch.float32, device=s.device),
-        torch.empty((2, s.shape[0], n_pixels) if pixels else 0, dtype=torch.float32, device=s.device),
-        like(s, by_s) if student else torch.empty(0, dtype=s.dtype, device=s.device),
-        like(t, by_t) if teacher else torch.empty(0, dtype=t.dtype, device=t.device),
+        of_sides,
+        _gradients(s, t, by_s, by_t, student, teacher),
     )
+
+
+def _gradients(
+    s: torch.Tensor, t: torch.Tensor, by_s: Plan, by_t: Plan, student: bool, teacher: bool
+) -> list[torch.Tensor]:
+    """Room for those that are wanted."""
+    return [like(x, by) for x, by, want in ((s, by_s, student), (t, by_t, teacher)) if want]
 
 
 def _match_fake(
@@ -86,7 +98,7 @@ def _match_fake(
 match_op = define(
     "feature_match(Tensor s, Tensor t, Tensor? channel_weight, Tensor? pixel_weight, Tensor? channel_offset, "
     "Tensor? pixel_offset, Tensor scalars, Tensor? upstream, int measure, int dim, bool channel_sums, bool pixel_sums, "
-    "bool want_student, bool want_teacher, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool want_student, bool want_teacher, str backend) -> (Tensor, Tensor[], Tensor[])",
     _match,
     _match_fake,
 )
@@ -97,9 +109,9 @@ def _one(upstream: torch.Tensor) -> torch.Tensor:
 
 
 class Match(torch.autograd.Function):
-    """Value and maps' gradients in one pass, and the sums that are the weights' and offsets' gradients.
+    """Value, sums that are the weights' and offsets' gradients, and the maps' gradients; float16 ones in the backward.
 
-    A float16 gradient is made in the backward, when its upstream scale is known: stored before, small ones would be 0.
+    These are made when their upstream scale is known: stored before, small ones would be 0.
     """
 
     @staticmethod
@@ -107,33 +119,33 @@ class Match(torch.autograd.Function):
         measure, dim, backend = options
         want_s, want_t, *of_sides = ctx.needs_input_grad[:6]
         sides = tuple(map(small, (channel_weight, pixel_weight, channel_offset, pixel_offset)))
-        late = (want_s and s.dtype == HALF) or (want_t and t.dtype == HALF)
-        total, channels, pixels, ds, dt = match_op(
+        late = _late(s, t, want_s, want_t)
+        total, sums, grads = match_op(
             s, t, *sides, scalars, None, measure, dim, of_sides[0] or of_sides[2], of_sides[1] or of_sides[3],
             want_s and not late, want_t and not late, backend,
         )  # fmt: skip
         inputs = (s, t) if late else (None, None)
-        ctx.save_for_backward(total, *inputs, *sides, scalars, channels, pixels, ds, dt)
+        ctx.save_for_backward(total, *inputs, *sides, scalars, *sums, *grads)
         ctx.late, ctx.options = late, options
         return total
 
     @staticmethod
     def backward(ctx, upstream):
         measure, dim, backend = ctx.options
-        total, s, t, *sides, scalars, channels, pixels, ds, dt = ctx.saved_tensors
+        total, s, t, channel_weight, pixel_weight, channel_offset, pixel_offset, scalars, *made = ctx.saved_tensors
         want_s, want_t, *of_sides = ctx.needs_input_grad[:6]
-        maps: tuple
+        channels = made.pop(0) if of_sides[0] or of_sides[2] else None
+        pixels = made.pop(0) if of_sides[1] or of_sides[3] else None
         small_ones: tuple = (None, None, None, None)
         with torch.no_grad():
             if ctx.late:
-                *_, ds, dt = match_op(
-                    s, t, *sides, scalars, _one(upstream), measure, dim, False, False, want_s, want_t, backend
+                _, _, made = match_op(
+                    s, t, channel_weight, pixel_weight, channel_offset, pixel_offset, scalars, _one(upstream), measure,
+                    dim, False, False, want_s, want_t, backend,
                 )  # fmt: skip
-                maps = ds if want_s else None, dt if want_t else None
             else:
-                maps = _scaled((ds, dt), (want_s, want_t), upstream, backend)
+                made = scaled(made, upstream, backend)
             if any(of_sides):
-                channel_weight, pixel_weight, *_ = sides
                 upstream = upstream * scalars[1]
                 small_ones = (
                     upstream * channels[0] if of_sides[0] else None,
@@ -141,15 +153,17 @@ class Match(torch.autograd.Function):
                     upstream * _times(channels[1], channel_weight) if of_sides[2] else None,
                     upstream * _times(pixels[1], pixel_weight) if of_sides[3] else None,
                 )
+        maps = made[0] if want_s else None, made[-1] if want_t else None
         return (*first_order("feature_match", total, (*maps, *small_ones)), None, None)
 
 
-def _scaled(
-    grads: tuple[torch.Tensor, torch.Tensor], wanted: tuple[bool, bool], upstream: torch.Tensor, backend: str
-) -> tuple[torch.Tensor | None, ...]:
-    """Stored gradients times upstream, None where they are not wanted."""
-    made = iter(scaled([g for g, want in zip(grads, wanted) if want], upstream, backend))
-    return tuple(next(made) if want else None for want in wanted)
+def _late(s: torch.Tensor, t: torch.Tensor, want_s: bool, want_t: bool) -> bool:
+    """Whether the maps' gradients are to wait for their upstream scale."""
+    return (want_s and s.dtype == HALF) or (want_t and t.dtype == HALF)
+
+
+def _learners(s: torch.Tensor, t: torch.Tensor, want_s: bool, want_t: bool) -> tuple[torch.Tensor, ...]:
+    return (s, t) if want_s and want_t else ((s,) if want_s else (t,))
 
 
 def _times(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
@@ -186,12 +200,20 @@ def match(
         s, t = of_channels(student, dim), of_channels(teacher, dim)
         return factor * reference.match(s, t, *sides, measure=measure, beta=beta)
     scalars, kind = pack((beta, factor)), MEASURES.index(measure)
-    if not needs_gradient(student, teacher, *sides):
+    learns = torch.is_grad_enabled()
+    want_s, want_t = learns and student.requires_grad, learns and teacher.requires_grad
+    if any(x is not None for x in sides):
+        if needs_gradient(*sides):
+            return Match.apply(student, teacher, *sides, scalars, (kind, dim, backend))
         sides = tuple(map(small, sides))
-        return match_op(
-            student, teacher, *sides, scalars, None, kind, dim, False, False, False, False, backend
-        )[0]  # fmt: skip
-    return Match.apply(student, teacher, *sides, scalars, (kind, dim, backend))
+    if _late(student, teacher, want_s, want_t):
+        return Match.apply(student, teacher, *sides, scalars, (kind, dim, backend))
+    total, _, grads = match_op(
+        student, teacher, *sides, scalars, None, kind, dim, False, False, want_s, want_t, backend
+    )  # fmt: skip
+    if not grads:
+        return total
+    return with_gradients("feature_match", backend, total, grads, _learners(student, teacher, want_s, want_t))
 
 
 # ---- the distance of two attentions ----
@@ -202,17 +224,17 @@ SQUARED, MEAN, ADD_EPS, SIGNED, OVER_CHANNELS = 1, 2, 4, 8, 16  # of the operato
 def _attention(
     s: torch.Tensor, t: torch.Tensor, scalars: torch.Tensor, exponent: int, flags: int, dim: int, want_student: bool,
     want_teacher: bool, backend: str,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
+) -> Outputs:  # fmt: skip
     by_s, by_t = plan(s, dim), plan(t, dim)
     outputs = _attention_outputs(s, t, by_s, by_t, flags, want_student, want_teacher)
-    total, of_s, of_t, ds, dt = outputs
+    total, (of_s, of_t), grads = outputs
     if s.shape[0] == 0:
         total.zero_()
         return outputs
     over_channels = flags & OVER_CHANNELS != 0
     kernels(backend)(
         backend, "feature_attention", as_map(s, by_s), as_map(t, by_t), scalars, total, of_s, of_t,
-        as_dense(ds, by_s) if want_student else None, as_dense(dt, by_t) if want_teacher else None, exponent,
+        as_dense(grads[0], by_s) if want_student else None, as_dense(grads[-1], by_t) if want_teacher else None, exponent,
         flags & SIGNED, by_s.channels_last == over_channels, by_t.channels_last == over_channels, flags & MEAN,
         flags & SQUARED, flags & ADD_EPS,
     )  # fmt: skip
@@ -221,15 +243,13 @@ def _attention(
 
 def _attention_outputs(
     s: torch.Tensor, t: torch.Tensor, by_s: Plan, by_t: Plan, flags: int, student: bool, teacher: bool
-) -> tuple[torch.Tensor, ...]:
+) -> Outputs:
     keep_rows = by_s.channels_last == (flags & OVER_CHANNELS != 0)
     kept = by_s.shape[1 if keep_rows else 2]
     return (
         torch.empty((), dtype=torch.float32, device=s.device),
-        torch.empty((s.shape[0], kept), dtype=torch.float32, device=s.device),
-        torch.empty((s.shape[0], kept), dtype=torch.float32, device=s.device),
-        like(s, by_s) if student else torch.empty(0, dtype=s.dtype, device=s.device),
-        like(t, by_t) if teacher else torch.empty(0, dtype=t.dtype, device=t.device),
+        [torch.empty((s.shape[0], kept), dtype=torch.float32, device=s.device) for _ in range(2)],
+        _gradients(s, t, by_s, by_t, student, teacher),
     )
 
 
@@ -239,45 +259,36 @@ def _attention_fake(s, t, scalars, exponent, flags, dim, want_student, want_teac
 
 attention_op = define(
     "feature_attention(Tensor s, Tensor t, Tensor scalars, int exponent, int flags, int dim, bool want_student, "
-    "bool want_teacher, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool want_teacher, str backend) -> (Tensor, Tensor[], Tensor[])",
     _attention,
     _attention_fake,
 )
 
 
-class Attention(torch.autograd.Function):
-    """The maps' gradients with the value, while the maps are in cache; float16 ones from the sums' in the backward."""
+class LateAttention(torch.autograd.Function):
+    """The maps' gradients from those by the sums in the backward, as float16 needs."""
 
     @staticmethod
     def forward(ctx, s, t, scalars, options):
         exponent, flags, dim, backend = options
-        want_s, want_t = ctx.needs_input_grad[:2]
-        late = (want_s and s.dtype == HALF) or (want_t and t.dtype == HALF)
-        total, by_s, by_t, ds, dt = attention_op(
-            s, t, scalars, exponent, flags, dim, want_s and not late, want_t and not late, backend
-        )
-        kept = (s, t, by_s, by_t) if late else (None, None, None, None)
-        ctx.save_for_backward(total, *kept, scalars, ds, dt)
-        ctx.late, ctx.options = late, options
+        total, (by_s, by_t), _ = attention_op(s, t, scalars, exponent, flags, dim, False, False, backend)
+        ctx.save_for_backward(total, s, t, by_s, by_t, scalars)
+        ctx.options = options
         return total
 
     @staticmethod
     def backward(ctx, upstream):
         exponent, flags, dim, backend = ctx.options
-        total, s, t, by_s, by_t, scalars, ds, dt = ctx.saved_tensors
-        want_s, want_t = ctx.needs_input_grad[:2]
+        total, s, t, by_s, by_t, scalars = ctx.saved_tensors
+        odd = flags & SIGNED != 0
         with torch.no_grad():
-            if not ctx.late:
-                grads = _scaled((ds, dt), (want_s, want_t), upstream, backend)
-            else:
-                odd = flags & SIGNED != 0
-                grads = tuple(
-                    power_gradient_op(
-                        x, None, None, scalars, None if flags & OVER_CHANNELS else upstream * by,
-                        upstream * by if flags & OVER_CHANNELS else None, exponent, odd, dim, backend,
-                    ) if want else None
-                    for x, by, want in ((s, by_s, want_s), (t, by_t, want_t))
-                )  # fmt: skip
+            grads = tuple(
+                power_gradient_op(
+                    x, None, None, scalars, None if flags & OVER_CHANNELS else upstream * by,
+                    upstream * by if flags & OVER_CHANNELS else None, exponent, odd, dim, backend,
+                ) if want else None
+                for x, by, want in zip((s, t), (by_s, by_t), ctx.needs_input_grad)
+            )  # fmt: skip
         return (*first_order("feature_attention", total, grads), None, None)
 
 
@@ -312,6 +323,11 @@ def attention(
     flags = SQUARED * squared + MEAN * mean + ADD_EPS * add_eps + OVER_CHANNELS * over_channels
     flags += SIGNED * (signed and math.fmod(p, 2) == 1)
     scalars, exponent = pack((p, eps)), exponent_of(p)
-    if not needs_gradient(student, teacher):
-        return attention_op(student, teacher, scalars, exponent, flags, dim, False, False, backend)[0]
-    return Attention.apply(student, teacher, scalars, (exponent, flags, dim, backend))
+    learns = torch.is_grad_enabled()
+    want_s, want_t = learns and student.requires_grad, learns and teacher.requires_grad
+    if _late(student, teacher, want_s, want_t):
+        return LateAttention.apply(student, teacher, scalars, (exponent, flags, dim, backend))
+    total, _, grads = attention_op(student, teacher, scalars, exponent, flags, dim, want_s, want_t, backend)
+    if not grads:
+        return total
+    return with_gradients("feature_attention", backend, total, grads, _learners(student, teacher, want_s, want_t))
