@@ -281,6 +281,50 @@ def test_hierarchical_context_as_published(generator: torch.Generator) -> None:
     same(kd.hierarchical_context_loss(students, teachers), published_hcl(students, teachers))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 41, 37), (1, 5, 56, 24), (2, 3, 9, 2)], ids=str)
+def test_hierarchical_context_in_one_read(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """Windows that overlap, nest, or are wider than the map; both gradients, for any number of threads."""
+    s, t = (x.to(dtype) for x in pair(generator, *shape, dtype=torch.float32))
+    levels, before, found = (6, 5, 1), torch.get_num_threads(), []
+    if shape[2] == 56:
+        s, t, levels = s.transpose(2, 3).contiguous().transpose(2, 3), t[..., ::1], (8, 4, 2)
+
+    def both(s: torch.Tensor, t: torch.Tensor, backend: str) -> tuple[torch.Tensor, ...]:
+        s, t = s.detach().requires_grad_(), t.detach().requires_grad_()
+        value = 100 * kd.hierarchical_context_loss(s, t, levels=levels, backend=backend)
+        return value.detach(), *torch.autograd.grad(value, (s, t))
+
+    exact = both(s.double(), t.double(), "reference")
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(both(s, t, "cpu"))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    for got, wanted in zip(found[0], exact, strict=True):
+        about = torch.finfo(got.dtype)
+        atol = 2e-7 * float(wanted.abs().max()) + about.smallest_normal * about.eps
+        torch.testing.assert_close(got.double(), wanted, rtol=2 * about.eps, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_hierarchical_context_as_an_operator(dtype: torch.dtype, generator: torch.Generator) -> None:
+    s, t = (x.to(dtype) for x in pair(generator, 2, 3, 6, 5, dtype=torch.float32))
+    scalars = torch.tensor([0.5, 4.0, 0.25, 2.0, 0.125])
+    torch.library.opcheck(
+        torch.ops.kdkernels.feature_context.default, (s, t, scalars, torch.ones(1), True, True, "cpu")
+    )
+    loss = lambda s, t: kd.hierarchical_context_loss(s, t, backend="cpu")  # noqa: E731
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(gradient(compiled, s, t), gradient(loss, s, t), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 # ------------------------------------------------------------------------------------------------------ vectors and scores
 
 

@@ -204,7 +204,8 @@ def test_gradients_too_large_for_the_caches(dtype: torch.dtype, generator: torch
         sides = {"channel_weight": channel[: len(s)], "pixel_weight": pixel[: len(s)]}
         return op.match(s, t, **sides, factor=1 / len(s), backend="cpu")
 
-    for loss in (kd.attention_transfer_loss, kd.channel_attention_transfer_loss, kd.hint_loss, weighted):
+    at = kd.attention_transfer_loss, kd.channel_attention_transfer_loss
+    for loss in (*at, kd.hint_loss, kd.hierarchical_context_loss, weighted):
         for of_teacher in (False, True):
             grads = []
             for xs in ((s, t), (s[:1], t[:1])):

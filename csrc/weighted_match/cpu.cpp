@@ -4,6 +4,7 @@
 #include "common/pages.h"
 #include "common/registry.h"
 #include "weighted_match/attention.h"
+#include "weighted_match/context.h"
 #include "weighted_match/margin.h"
 
 namespace KDK_NAMESPACE {
@@ -222,6 +223,49 @@ void feature_match(Tensor s, Tensor t, Tensor row_weight, Tensor lane_weight, Te
   *total.as<float>() = static_cast<float>(sum * static_cast<double>(given[1]));
 }
 
+// ---- differences at several sizes ----
+
+// `scalars` are Context's, `width` the pixels of a line. `total` is the loss, ds and dt its
+// gradients, times `upstream` where that is given.
+void feature_context(Tensor s, Tensor t, Tensor scalars, Tensor upstream, Tensor total, Tensor ds,
+                     Tensor dt, int64_t width, int64_t threads) {
+  const int64_t channels = s.shape[1], pixels = s.shape[2], rows = s.shape[0] * channels;
+  const Context of(pixels, width, scalars.as<float>(), scalars.shape[0]);
+  const double by = upstream ? static_cast<double>(*upstream.as<float>()) : 1.0;
+  const int64_t group = kLineElements / least(pixels, kLineElements), groups = pieces(rows, group);
+  const Output to_s(ds), to_t(dt);
+  std::vector<double> each(static_cast<size_t>(groups));
+  prefer_large_pages(ds), prefer_large_pages(dt);
+  for_each(groups, 4 * rows * pixels, threads, [&](int64_t i) {
+    static thread_local Scratch memory;
+    const int64_t room = padded(pixels);
+    float* in_s = memory.floats(3 * room + padded(width) + 2 * padded(of.cells));
+    float *in_t = in_s + room, *buffer = in_t + room, *line = buffer + room;
+    double* cells = reinterpret_cast<double*>(line + padded(width));
+    double loss = 0;
+    for (int64_t k = i * group; k < least(rows, (i + 1) * group); ++k) {
+      const int64_t b = k / channels, r = k % channels;
+      float* d = to_s ? to_s.target(b, r, 0, pixels, buffer) : buffer;
+      double squares[2] = {0.0, 0.0};
+      match_row<kSquared, kAlike, true>(read_row(s, b, r, 0, pixels, in_s),
+                                        read_row(t, b, r, 0, pixels, in_t), pixels, {0.5f, 0.f}, {},
+                                        {1.f, 1.f}, squares, d);
+      loss += of.factor * squares[0] + pool(of, d, cells, line);
+      if (!to_s && !to_t) continue;
+      unpool(of, by, cells, line, d);
+      put_row(to_s, b, r, pixels, d);
+      if (to_t) {
+        for (int64_t x = 0; x < pixels; ++x) in_t[x] = -d[x];
+        put_row(to_t, b, r, pixels, in_t);
+      }
+    }
+    each[static_cast<size_t>(i)] = loss;
+  });
+  double sum = 0;
+  for (double one : each) sum += one;
+  *total.as<float>() = static_cast<float>(sum);
+}
+
 // ---- second moments of a pair ----
 
 constexpr int kMoments =
@@ -346,6 +390,7 @@ KDK_EXPORT(feature_power_sums)
 KDK_EXPORT(feature_power_gradient)
 KDK_EXPORT(feature_attention)
 KDK_EXPORT(feature_match)
+KDK_EXPORT(feature_context)
 KDK_EXPORT(feature_moments)
 KDK_EXPORT(feature_moments_gradient)
 KDK_EXPORT(margin_rows)

@@ -72,6 +72,13 @@ class Output {
   bool large_;
 };
 
+// A whole row, in pieces that fit.
+inline void put_row(const Output& to, int64_t b, int64_t r, int64_t n, const float* made) {
+  if (!to) return;
+  const int64_t step = least(to.step(n), kMaxLanes);
+  for (int64_t l = 0; l < n; l += step) to.put(b, r, l, least(step, n - l), made + l);
+}
+
 struct Tile {
   int64_t batch, row_piece, lane_piece, row, rows, lane, lanes;
 };

@@ -15,7 +15,9 @@ from kdkernels import backends
 from kdkernels.losses import checks
 from kdkernels.losses.features import REDUCTIONS, SUPPORTED, adapted, as_wide, checked, hint_loss, share
 from kdkernels.losses.module import LossModule
-from kdkernels.ops.weighted_match import op, sums
+from kdkernels.ops.plans import Remembered
+from kdkernels.ops.scalars import pack
+from kdkernels.ops.weighted_match import context, op, sums
 from kdkernels.ops.weighted_match.maps import of_channels
 
 
@@ -160,9 +162,10 @@ def hierarchical_context_loss(
     """ReviewKD's hierarchical context loss: mean squared differences of the maps and of their averages at several sizes.
 
     For each pair of maps (1 mse(s, t) + 1/2 mse at 4 x 4 + 1/4 mse at 2 x 2 + 1/8 mse at 1 x 1) over the sum of those
-    weights, sizes as large as the map left out; summed over pairs. Chen et al. (2021, arXiv:2104.09044). The difference
-    at full size is one pass; the averages are torch's adaptive pooling, each from the next larger one where the windows
-    nest. Maps in half precision are copied to float32, so that the levels' gradients add up before they are rounded.
+    weights, sizes as large as the map left out; summed over pairs. Chen et al. (2021, arXiv:2104.09044). On a CPU all levels
+    come from one read of the maps. In Triton the averages are torch's adaptive pooling, each from the next larger one where
+    the windows nest, and maps in half precision are copied to float32, so that the levels' gradients add up before they
+    are rounded.
 
     Args:
         student_features: a map (N, C, H, W) or a list of them, float16, bfloat16, float32 or float64.
@@ -195,27 +198,50 @@ def hierarchical_context_loss(
     for s, t in zip(students, teachers):
         checked(s, t, 1)
     total: Any = 0.0
-    for s, t in zip(students, teachers, strict=True):
-        s, t = as_wide(s, t)
-        loss, weight, weights = hint_loss(s, t, backend=backend), 1.0, 1.0
-        if s.dim() != 4:
-            raise ValueError(f"maps must be (N, C, H, W), got shape {tuple(s.shape)}")
-        height = s.shape[2]
-        x, y = s, t
-        for level in levels:
-            if level >= height:
-                continue
-            weight /= 2.0
-            nested = all(size % level == 0 for size in x.shape[2:]) and all(
-                size % now == 0 for size, now in zip(s.shape[2:], x.shape[2:], strict=True)
-            )
-            if not nested:
-                x, y = s, t
-            x, y = F.adaptive_avg_pool2d(x, level), F.adaptive_avg_pool2d(y, level)
-            loss = loss + weight * hint_loss(x, y, backend=backend)
-            weights += weight
-        total = total + loss / weights
+    for pair in zip(students, teachers, strict=True):
+        scalars, chosen = _context_plan(pair, backend, *levels)
+        one = _pooled(*pair, levels, chosen) if scalars is None else context.context(*pair, scalars, backend=chosen)
+        total = total + one if len(students) > 1 else one
     return total
+
+
+@Remembered
+def _context_plan(
+    pair: tuple[torch.Tensor, torch.Tensor], backend: str, *levels: int
+) -> tuple[torch.Tensor | None, str]:
+    """The factors of one pair of maps, where a kernel has all levels at once, and the backend."""
+    checked(*pair, 1)
+    s = pair[0]
+    if s.dim() != 4:
+        raise ValueError(f"maps must be (N, C, H, W), got shape {tuple(s.shape)}")
+    backend = backends.resolve("hierarchical_context_loss", pair, backend, SUPPORTED)
+    if backend in ("triton", "reference"):
+        return None, backend
+    sizes = [level for level in levels if level < s.shape[2]]
+    weights = [0.5**k for k in range(len(sizes) + 1)]
+    counts = [s.numel(), *(s.shape[0] * s.shape[1] * size**2 for size in sizes)]
+    factors = [weight / (sum(weights) * max(n, 1)) for weight, n in zip(weights, counts, strict=True)]
+    return pack((factors[0], *itertools.chain(*zip(sizes, factors[1:], strict=True)))), backend
+
+
+def _pooled(s: torch.Tensor, t: torch.Tensor, levels: Sequence[int], backend: str) -> torch.Tensor:
+    """The same of hints and poolings."""
+    s, t = as_wide(s, t)
+    loss, weight, weights = hint_loss(s, t, backend=backend), 1.0, 1.0
+    x, y = s, t
+    for level in levels:
+        if level >= s.shape[2]:
+            continue
+        weight /= 2.0
+        nested = all(size % level == 0 for size in x.shape[2:]) and all(
+            size % now == 0 for size, now in zip(s.shape[2:], x.shape[2:], strict=True)
+        )
+        if not nested:
+            x, y = s, t
+        x, y = F.adaptive_avg_pool2d(x, level), F.adaptive_avg_pool2d(y, level)
+        loss = loss + weight * hint_loss(x, y, backend=backend)
+        weights += weight
+    return loss / weights
 
 
 class VariationalInformationLoss(LossModule):

@@ -190,7 +190,7 @@ def hint_loss(
 
 @Remembered
 def _hint_plan(
-    tensors: tuple[torch.Tensor, ...],
+    tensors: tuple[torch.Tensor, torch.Tensor],
     measure: str,
     beta: float,
     normalize: bool,
@@ -249,7 +249,7 @@ def _attention(
 
 @Remembered
 def _attention_plan(
-    tensors: tuple[torch.Tensor, ...], operation: str, dim: int, over_channels: bool, p: float, signed: bool, mean: bool,
+    tensors: tuple[torch.Tensor, torch.Tensor], operation: str, dim: int, over_channels: bool, p: float, signed: bool, mean: bool,
     distance: str, eps: float, add_eps: bool, backend: str,
 ) -> tuple[int, str]:  # fmt: skip
     """Their channel axis and backend, once all arguments are found to be right."""

@@ -75,11 +75,11 @@ def _match_outputs(
     return (
         torch.empty((), dtype=torch.float32, device=s.device),
         of_sides,
-        _gradients(s, t, by_s, by_t, student, teacher),
+        gradients(s, t, by_s, by_t, student, teacher),
     )
 
 
-def _gradients(
+def gradients(
     s: torch.Tensor, t: torch.Tensor, by_s: Plan, by_t: Plan, student: bool, teacher: bool
 ) -> list[torch.Tensor]:
     """Room for those that are wanted."""
@@ -104,7 +104,8 @@ match_op = define(
 )
 
 
-def _one(upstream: torch.Tensor) -> torch.Tensor:
+def one_float(upstream: torch.Tensor) -> torch.Tensor:
+    """An upstream gradient as the kernels take it."""
     return upstream.reshape(1).float()
 
 
@@ -119,7 +120,7 @@ class Match(torch.autograd.Function):
         measure, dim, backend = options
         want_s, want_t, *of_sides = ctx.needs_input_grad[:6]
         sides = tuple(map(small, (channel_weight, pixel_weight, channel_offset, pixel_offset)))
-        late = _late(s, t, want_s, want_t)
+        late = is_late(s, t, want_s, want_t)
         total, sums, grads = match_op(
             s, t, *sides, scalars, None, measure, dim, of_sides[0] or of_sides[2], of_sides[1] or of_sides[3],
             want_s and not late, want_t and not late, backend,
@@ -140,7 +141,7 @@ class Match(torch.autograd.Function):
         with torch.no_grad():
             if ctx.late:
                 _, _, made = match_op(
-                    s, t, channel_weight, pixel_weight, channel_offset, pixel_offset, scalars, _one(upstream), measure,
+                    s, t, channel_weight, pixel_weight, channel_offset, pixel_offset, scalars, one_float(upstream), measure,
                     dim, False, False, want_s, want_t, backend,
                 )  # fmt: skip
             else:
@@ -157,12 +158,13 @@ class Match(torch.autograd.Function):
         return (*first_order("feature_match", total, (*maps, *small_ones)), None, None)
 
 
-def _late(s: torch.Tensor, t: torch.Tensor, want_s: bool, want_t: bool) -> bool:
+def is_late(s: torch.Tensor, t: torch.Tensor, want_s: bool, want_t: bool) -> bool:
     """Whether the maps' gradients are to wait for their upstream scale."""
     return (want_s and s.dtype == HALF) or (want_t and t.dtype == HALF)
 
 
-def _learners(s: torch.Tensor, t: torch.Tensor, want_s: bool, want_t: bool) -> tuple[torch.Tensor, ...]:
+def learners(s: torch.Tensor, t: torch.Tensor, want_s: bool, want_t: bool) -> tuple[torch.Tensor, ...]:
+    """Those whose gradients are wanted; at least one is."""
     return (s, t) if want_s and want_t else ((s,) if want_s else (t,))
 
 
@@ -206,14 +208,14 @@ def match(
         if needs_gradient(*sides):
             return Match.apply(student, teacher, *sides, scalars, (kind, dim, backend))
         sides = tuple(map(small, sides))
-    if _late(student, teacher, want_s, want_t):
+    if is_late(student, teacher, want_s, want_t):
         return Match.apply(student, teacher, *sides, scalars, (kind, dim, backend))
     total, _, grads = match_op(
         student, teacher, *sides, scalars, None, kind, dim, False, False, want_s, want_t, backend
     )  # fmt: skip
     if not grads:
         return total
-    return with_gradients("feature_match", backend, total, grads, _learners(student, teacher, want_s, want_t))
+    return with_gradients("feature_match", backend, total, grads, learners(student, teacher, want_s, want_t))
 
 
 # ---- the distance of two attentions ----
@@ -249,7 +251,7 @@ def _attention_outputs(
     return (
         torch.empty((), dtype=torch.float32, device=s.device),
         [torch.empty((s.shape[0], kept), dtype=torch.float32, device=s.device) for _ in range(2)],
-        _gradients(s, t, by_s, by_t, student, teacher),
+        gradients(s, t, by_s, by_t, student, teacher),
     )
 
 
@@ -325,9 +327,9 @@ def attention(
     scalars, exponent = pack((p, eps)), exponent_of(p)
     learns = torch.is_grad_enabled()
     want_s, want_t = learns and student.requires_grad, learns and teacher.requires_grad
-    if _late(student, teacher, want_s, want_t):
+    if is_late(student, teacher, want_s, want_t):
         return LateAttention.apply(student, teacher, scalars, (exponent, flags, dim, backend))
     total, _, grads = attention_op(student, teacher, scalars, exponent, flags, dim, want_s, want_t, backend)
     if not grads:
         return total
-    return with_gradients("feature_attention", backend, total, grads, _learners(student, teacher, want_s, want_t))
+    return with_gradients("feature_attention", backend, total, grads, learners(student, teacher, want_s, want_t))
