@@ -28,8 +28,6 @@ def _stale() -> bool:
 def _choose() -> None:
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
     if IN_PLACE:
-        if _stale():  # said at once: kernels that are called in another way than they know may crash
-            print("csrc is newer than the extension: python setup.py build_ext --inplace", file=sys.stderr)
         sys.path.insert(0, str(ROOT))
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)
@@ -43,6 +41,13 @@ def _choose() -> None:
 
 
 _choose()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    # Said at once: kernels that are called in another way than they know may crash.
+    if IN_PLACE and _stale() and not hasattr(session.config, "workerinput"):
+        writer = session.config.get_terminal_writer()
+        writer.line("csrc is newer than the extension built in place: python setup.py build_ext --inplace", red=True)
 
 
 def _version(name: str) -> str:
