@@ -248,7 +248,7 @@ def test_the_table_names_every_commit_that_was_measured():
         return {"environment": about}
 
     said = readme.measured_on([file("b"), file("a"), file("b")])
-    assert said.startswith("Some CPU, 2026-01-02, torch") and said.endswith("commit a and b")
+    assert said.startswith("Some CPU, 2026-01-02, torch") and said.endswith("commit a, b")
 
 
 def test_a_wrong_result_outweighs_an_older_right_one():

@@ -16,7 +16,7 @@ from typing import Any
 from kdkernels.bench.results import describe_environment, duration, ratio, size
 from kdkernels.cli.console import markdown_table, without_empty
 from kdkernels.losses.module import LossModule
-from kdkernels.ops.registry import specs
+from kdkernels.ops.registry import Spec, specs
 
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE = {"cpu": "CPU C++", "cuda": "CUDA C++", "triton": "Triton"}
@@ -27,6 +27,11 @@ def result_files(results: Path) -> list[dict[str, Any]]:
     found = [json.loads(path.read_text()) for path in sorted(results.glob("*/*.json"))]
     found = [c for c in found if c.get("schema") == 1 and ("rows" in c or "results" in c)]
     return sorted(found, key=lambda c: c["environment"]["date"])
+
+
+def by_losses() -> list[Spec]:
+    """The families, those with the most losses first: what most readers look for."""
+    return sorted(specs(), key=lambda spec: -len({case.function for case in spec.cases}))
 
 
 def _runs(content: dict[str, Any]) -> Iterator[tuple[str, str, bool]]:
@@ -61,7 +66,7 @@ def losses_table(files: list[dict[str, Any]]) -> str:
     modules = {m.__dict__["function"].__func__: m.__name__ for m in LossModule.__subclasses__()}
     when = verified(files)
     rows = []
-    for spec in specs():
+    for spec in by_losses():
         for function in dict.fromkeys(c.function for c in spec.cases):
             names = [c.name for c in spec.cases if c.function is function]
             cells = []
@@ -116,7 +121,7 @@ def measured_on(contents: list[dict[str, Any]]) -> str:
     """One line about files of one device, with all of their dates and commits."""
     about = contents[-1]["environment"]
     several = {key: sorted({c["environment"].get(key) or "unknown" for c in contents}) for key in ("date", "commit")}
-    return describe_environment({**about, **{key: " and ".join(values) for key, values in several.items()}})
+    return describe_environment({**about, **{key: ", ".join(values) for key, values in several.items()}})
 
 
 def bench_table(files: list[dict[str, Any]]) -> str:
@@ -125,9 +130,10 @@ def bench_table(files: list[dict[str, Any]]) -> str:
     for content in files:
         for family in content.get("families", ()):
             newest[content["environment"]["slug"], family] = content
+    order = [spec.family for spec in by_losses()]
     parts = []
     for slug in dict.fromkeys(s for s, _ in newest):
-        contents = [c for (s, _), c in newest.items() if s == slug]
+        contents = [newest[slug, family] for family in order if (slug, family) in newest]
         rows = [r for c in contents for r in bench_rows(c["rows"])]
         if not rows:
             continue
