@@ -13,7 +13,8 @@ constexpr int64_t kBlockRows = kRegisters == 32 ? 8 : 4;  // of a block in regis
 constexpr int64_t kBlockColumns = 2 * kFloats;            // and its columns
 constexpr int64_t kStrip = 8;                             // rows of a unit of work
 constexpr int64_t kPacked = 32;                           // columns that are packed at a time
-constexpr int64_t kDepth = 32;  // products summed in registers before they go to memory
+constexpr int64_t kDepth = 32;   // products summed in registers before they go to memory
+constexpr int64_t kGroup = 512;  // and there before they go to the whole sum
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline float greatest(float a, float b) { return a > b ? a : b; }
@@ -159,14 +160,31 @@ KDK_INLINE void multiply(const float* a, int64_t a_row, const float* b, int64_t 
   }
 }
 // The same, with at most kDepth products a sum in registers.
-KDK_ONE_COPY inline void multiply_deep(const float* a, int64_t a_row, const float* b, int64_t depth,
-                                       float* out, int64_t out_row, bool first) {
+KDK_INLINE void multiply_some(const float* a, int64_t a_row, const float* b, int64_t depth,
+                              float* out, int64_t out_row, bool first) {
   for (int64_t k = 0; k < depth || (first && k == 0); k += kDepth) {
     const int64_t n = least(kDepth, depth - k);
     if (first && k == 0)
       multiply<true>(a, a_row, b, n, out, out_row);
     else
       multiply<false>(a + k * a_row, a_row, b + k * kPanel, n, out, out_row);
+  }
+}
+// And with at most kGroup a sum in memory before it goes to the whole one: a long sum that grows by
+// kDepth products at a time is rounded hundreds of times at its full size.
+KDK_ONE_COPY inline void multiply_deep(const float* a, int64_t a_row, const float* b, int64_t depth,
+                                       float* out, int64_t out_row, bool first) {
+  if (depth <= kGroup && first) return multiply_some(a, a_row, b, depth, out, out_row, true);
+  for (int64_t k = 0; k < depth; k += kGroup) {
+    float part[kStrip * kPanel];
+    multiply_some(a + k * a_row, a_row, b + k * kPanel, least(kGroup, depth - k), part, kPanel,
+                  true);
+    for (int64_t r = 0; r < kStrip; ++r)
+#pragma omp simd
+      for (int64_t c = 0; c < kPanel; ++c) {
+        float* const to = out + r * out_row + c;
+        *to = (first && k == 0 ? 0.f : *to) + part[r * kPanel + c];
+      }
   }
 }
 

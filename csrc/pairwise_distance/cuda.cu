@@ -205,10 +205,12 @@ __global__ void __launch_bounds__(kThreads)
     const float c = huber_slope((p.s * by_s - p.t * by_t) / m.beta, 1.f), factor = scale * p.weight;
     if (ds)
       ds[at] =
-          itself ? 0.f : factor * (c * by_s - mean_s) * distance_slope(p.s2, p.s, m.eps, 1.f, m.squared);
+          itself ? 0.f
+                 : factor * (c * by_s - mean_s) * distance_slope(p.s2, p.s, m.eps, 1.f, m.squared);
     if (dt)
-      dt[at] = itself ? 0.f
-                      : factor * (-c * by_t - mean_t) * distance_slope(p.t2, p.t, m.eps, 1.f, m.squared);
+      dt[at] =
+          itself ? 0.f
+                 : factor * (-c * by_t - mean_t) * distance_slope(p.t2, p.t, m.eps, 1.f, m.squared);
   }
 }
 
