@@ -233,6 +233,17 @@ def test_published_flow(target: Target, name: str, generator: torch.Generator) -
 # ------------------------------------------------------------------------------------------------------- identities
 
 
+@pytest.mark.parametrize("size", [(2, 3, 4, 5), (2, 7, 3, 3)], ids=str)
+def test_flows_that_agree_have_no_length_and_no_gradient(
+    target: Target, size: tuple[int, ...], generator: torch.Generator
+) -> None:
+    """Exactly: a length of rounding errors would have a gradient as large as any."""
+    first, second = torch.randn(size, generator=generator), torch.randn(size, generator=generator)
+    first, second = first.to(target.device), second.to(target.device)
+    found = gradients(fsp_loss, first, second, first, second, distance="norm", backend=target.backend)
+    assert [float(x.abs().max()) for x in found] == [0.0] * 5
+
+
 @fused_here
 def test_both_sides_of_nst_agree(fused: Target, generator: torch.Generator) -> None:
     """Over positions or over channels, by which are fewer: padding positions with zeros moves it from one to the other."""

@@ -83,7 +83,7 @@ KDK_ONE_COPY double row_value(const RowPair& m, int64_t i) {
         } else if constexpr (kKind == kProbabilities) {
           part_s += 0.5f * s + 0.5f, part_t += 0.5f * t + 0.5f;
         } else {
-          part_s += (s - t) * (s - t);
+          part_s += apart(s, t) * apart(s, t);
         }
       }
       sum_s += static_cast<double>(part_s), sum_t += static_cast<double>(part_t);

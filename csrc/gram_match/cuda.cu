@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(kStatThreads) statistics_kernel(Problem p, flo
         case kRows: sum_s += c * c, sum_t += d * d; break;
         case kRowsL1: sum_s += fabsf(c), sum_t += fabsf(d); break;
         case kProbabilities: sum_s += 0.5f * c + 0.5f, sum_t += 0.5f * d + 0.5f; break;
-        default: sum_s += (c - d) * (c - d);
+        default: sum_s += apart(c, d) * apart(c, d);
       }
     }
     sum_s = block_sum<kStatThreads>(sum_s);

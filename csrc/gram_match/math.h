@@ -32,6 +32,10 @@ struct Side {
   float length, dot, inverse;
 };
 
+// s - t, and exactly 0 for equal products: a difference that is fused with one of them is what that
+// one's rounding took, and a length made of it has a gradient of length 1.
+KDK_HD float apart(float s, float t) { return s == t ? 0.f : s - t; }
+
 // x over the row's length as if it were divided, so that a row of one element is exactly 1.
 KDK_HD float quotient(float x, Side side) {
 #if defined(__CUDACC__) || defined(KDK_CUDA_ON_CPU) || defined(__FMA__) || defined(__aarch64__)

@@ -339,12 +339,13 @@ def hard_dark_rank_loss(
     nearest = (
         by_teacher.masked_fill(distances.itself(), torch.inf).topk(min(k, max(n - 1, 0)), dim=1, largest=False).indices
     )
-    chosen = d2.gather(1, nearest)
+    # Few, and as large as the third power of a distance: in float32 their exponentials would lose what is after the point.
+    chosen = d2.gather(1, nearest).double()
     apart = chosen > eps
     scores = -alpha * torch.where(apart, chosen.where(apart, 1.0) ** (beta / 2), eps ** (beta / 2))
     # The m-th denominator runs over the m-th to the k-th of the order.
     denominators = scores.flip(1).logcumsumexp(1)
-    rows = denominators.sum(1) - scores.sum(1)
+    rows = (denominators.sum(1) - scores.sum(1)).to(d2.dtype)
     if reduction == "none":
         return rows if samples is None or ring else rows[samples.own]
     total = samples.total(rows.sum()) if samples is not None and ring else rows.sum()

@@ -228,8 +228,10 @@ def statistics_kernel(
                 sum_s += tl.where(inside, 0.5 * s + 0.5, 0.0)
                 sum_t += tl.where(inside, 0.5 * t + 0.5, 0.0)
             else:
-                sum_s += (s - t) * (s - t)
-                sum_t += (s - t) * (s - t)
+                # Exactly 0 for equal products, which a fused difference is not: what has no length has no gradient.
+                apart = tl.where(s == t, 0.0, s - t)
+                sum_s += apart * apart
+                sum_t += apart * apart
     length_s = tl.sum(sum_s, 0)
     length_t = tl.sum(sum_t, 0)
     if KIND == ROWS or KIND == LENGTHS:
