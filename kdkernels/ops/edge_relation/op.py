@@ -135,18 +135,18 @@ def _divergence_fake(student, teacher, target, arriving, squares, want_student, 
     )
 
 
-define(
+values_op = define(
     "edge_values(Tensor x, Tensor source, Tensor target, bool products, str backend) -> Tensor",
     _values,
     lambda x, source, target, products, backend: x.new_empty(source.shape),
 )
-define(
+gradient_op = define(
     "edge_gradient(Tensor x, Tensor weights, Tensor source, Tensor target, Tensor arriving, Tensor leaving, "
     "Tensor by_source, bool products, str backend) -> Tensor",
     _gradient,
     lambda x, *_: torch.empty_like(x),
 )
-define(
+divergence_op = define(
     "edge_divergence(Tensor student, Tensor teacher, Tensor target, Tensor arriving, bool squares, bool want_student, "
     "bool want_teacher) -> (Tensor, Tensor, Tensor)",
     _divergence,
@@ -159,7 +159,7 @@ class EdgeValues(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, edges, products, backend):
-        values = torch.ops.kdkernels.edge_values(x, edges.source, edges.target, products, backend)
+        values = values_op(x, edges.source, edges.target, products, backend)
         ctx.save_for_backward(values, x, *edges)
         ctx.options = products, backend
         return values
@@ -168,7 +168,7 @@ class EdgeValues(torch.autograd.Function):
     def backward(ctx, weights):
         values, x, *edges = ctx.saved_tensors
         with torch.no_grad():
-            dx = torch.ops.kdkernels.edge_gradient(x, weights, *edges, *ctx.options)
+            dx = gradient_op(x, weights, *edges, *ctx.options)
         (dx,) = first_order("edge_relation", values, (dx,))
         return dx, None, None, None
 
@@ -178,9 +178,7 @@ class EdgeDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, teacher, target, arriving, squares, backend):
-        loss, ds, dt = torch.ops.kdkernels.edge_divergence(
-            student, teacher, target, arriving, squares, *ctx.needs_input_grad[:2]
-        )
+        loss, ds, dt = divergence_op(student, teacher, target, arriving, squares, *ctx.needs_input_grad[:2])
         ctx.save_for_backward(loss, ds, dt)
         ctx.backend = backend
         return loss

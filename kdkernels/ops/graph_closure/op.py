@@ -50,8 +50,8 @@ def _backward_fake(costs, distances, visits, upstream, backend):
     return torch.empty_like(costs)
 
 
-define("graph_closure_forward(Tensor costs, str backend) -> (Tensor, Tensor)", _forward, _forward_fake)
-define(
+forward_op = define("graph_closure_forward(Tensor costs, str backend) -> (Tensor, Tensor)", _forward, _forward_fake)
+backward_op = define(
     "graph_closure_backward(Tensor costs, Tensor distances, Tensor visits, Tensor upstream, str backend) -> Tensor",
     _backward,
     _backward_fake,
@@ -66,7 +66,7 @@ class GraphClosure(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, costs, backend):
-        distances, visits = torch.ops.kdkernels.graph_closure_forward(costs, backend)
+        distances, visits = forward_op(costs, backend)
         output = distances.float()
         ctx.save_for_backward(output, costs, distances, visits)
         ctx.backend = backend
@@ -76,7 +76,7 @@ class GraphClosure(torch.autograd.Function):
     def backward(ctx, upstream):
         output, costs, distances, visits = ctx.saved_tensors
         with torch.no_grad():
-            d_costs = torch.ops.kdkernels.graph_closure_backward(costs, distances, visits, upstream, ctx.backend)
+            d_costs = backward_op(costs, distances, visits, upstream, ctx.backend)
         (d_costs,) = first_order("graph_closure", output, (d_costs,))
         return d_costs, None
 

@@ -95,12 +95,12 @@ def _cross_image_fake(student, teacher, scalars, want_student, want_teacher, bac
     return _fake(student.contiguous(), teacher.contiguous(), want_student, want_teacher)
 
 
-define(
+similarity_op = define(
     "pixel_similarity(Tensor student, Tensor teacher, bool want_student, bool want_teacher) -> (Tensor, Tensor, Tensor)",
     _similarity,
     _fake,
 )
-define(
+cross_image_op = define(
     "cross_image_relation(Tensor student, Tensor teacher, Tensor scalars, bool want_student, bool want_teacher, "
     "str backend) -> (Tensor, Tensor, Tensor)",
     _cross_image,
@@ -122,7 +122,7 @@ class PixelSimilarity(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, teacher, backend):
-        loss, ds, dt = torch.ops.kdkernels.pixel_similarity(student, teacher, *ctx.needs_input_grad[:2])
+        loss, ds, dt = similarity_op(student, teacher, *ctx.needs_input_grad[:2])
         ctx.save_for_backward(loss, ds, dt)
         ctx.backend = backend
         return loss
@@ -137,9 +137,7 @@ class CrossImageRelation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, teacher, scalars, backend):
-        loss, ds, dt = torch.ops.kdkernels.cross_image_relation(
-            student, teacher, scalars, *ctx.needs_input_grad[:2], backend
-        )
+        loss, ds, dt = cross_image_op(student, teacher, scalars, *ctx.needs_input_grad[:2], backend)
         ctx.save_for_backward(loss, ds, dt)
         ctx.backend = backend
         return loss
