@@ -57,9 +57,9 @@ Job make_job(Tensor student, Tensor teacher, Tensor labels, Tensor weight, Tenso
   for (int64_t r = 0; job.labels && r < job.rows; ++r) {
     const int64_t y = job.labels[r];
     if (y != ignore_index && (y < 0 || y >= job.classes))
-      throw std::out_of_range("labels hold " + std::to_string(y) + " at row " + std::to_string(r) +
-                              ", outside 0 to " + std::to_string(job.classes - 1) +
-                              " and not ignore_index");
+      throw std::out_of_range("labels hold " + std::to_string(y) + ", outside 0 to " +
+                              std::to_string(job.classes - 1) + " and not ignore_index (" +
+                              std::to_string(ignore_index) + "): row " + std::to_string(r));
   }
   job.class_weight_sum = static_cast<double>(job.classes);
   if (class_weight) {

@@ -167,14 +167,21 @@ def integers(
 
 def labels_of(
     labels: torch.Tensor | None, rows: tuple[int, ...], classes: int, ignore_index: int, device: torch.device,
-    name: str = "labels",
+    name: str = "labels", look: bool = True,
 ) -> torch.Tensor | None:  # fmt: skip
-    """Labels of every row, as int64."""
+    """Labels of every row, as int64; without `look` their values are left to `within`, or to a kernel."""
     integer("ignore_index", ignore_index)
     labels = integers(name, labels, rows, device)
     if labels is None:
         return None
     labels = labels.long()
+    if look:
+        within(name, labels, classes, ignore_index)
+    return labels
+
+
+def within(name: str, labels: torch.Tensor, classes: int, ignore_index: int) -> None:
+    """That labels are classes or ignored, where their values are at hand."""
     if labels.numel() and _may_read(labels):
         low, high = (int(v) for v in labels.aminmax())
         if low < 0 or high >= classes:  # or ignored: the look that costs more
@@ -183,7 +190,6 @@ def labels_of(
                 raise IndexError(
                     f"{name} hold {bad[0]}, outside 0 to {classes - 1} and not ignore_index ({ignore_index})"
                 )
-    return labels
 
 
 def per_row(name: str, x: torch.Tensor | None, rows: tuple[int, ...], device: torch.device) -> torch.Tensor | None:

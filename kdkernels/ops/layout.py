@@ -100,5 +100,7 @@ def rows(dim: int, *tensors: torch.Tensor | None) -> list[View | None]:
 
 def flat(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     """One value a row, or a class, as kernels walk it: without strides, and without a gradient."""
+    if x is None or (x.dim() == 1 and x.dtype == dtype and x.is_contiguous() and not x.requires_grad):
+        return x
     # A view of a slice is still a slice.
-    return None if x is None else x.detach().reshape(-1).to(dtype).contiguous()
+    return x.detach().reshape(-1).to(dtype).contiguous()
