@@ -1,12 +1,14 @@
 // The pybind11 module kdkernels._C: it hands every registered entry point to Python and nothing
 // else. An argument is None, a number, a tensor, or a tuple (tensor, shape, stride) that sees the
-// tensor otherwise, from its own first element. Of a tensor only Python attributes are used, so
-// that no version of torch is built against; their names are looked up once, as a small call is
-// made of little else.
+// tensor otherwise, from its own first element. No version of torch is built against: a tensor is
+// read through DLPack's exchange table where its type has one (torch 2.10 and later), else by its
+// Python attributes, which takes longer than some kernels.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <map>
 
+#include "common/dlpack.h"
 #include "common/registry.h"
 
 namespace py = pybind11;
@@ -32,14 +34,61 @@ void read_sizes(PyObject* sizes, int64_t* out, int32_t* n) {
   for (Py_ssize_t d = 0; d < count; ++d) out[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(sizes, d));
 }
 
-kdk::Tensor to_tensor(PyObject* x, PyObject* shape, PyObject* stride) {
-  static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+kdk::DType code_of(PyObject* x) {
   static PyObject* const dtype = PyUnicode_InternFromString("dtype");
-  kdk::Tensor t;
-  t.data = PyLong_AsVoidPtr(own(PyObject_CallMethodNoArgs(x, data_ptr)).ptr());
   PyObject* code = PyDict_GetItemWithError(dtypes, own(PyObject_GetAttr(x, dtype)).ptr());
   if (!code) throw py::type_error("the kernels have no such dtype");
-  t.dtype = static_cast<kdk::DType>(PyLong_AsLong(code));
+  return static_cast<kdk::DType>(PyLong_AsLong(code));
+}
+
+// Data and dtype, and with `whole` the shape and the strides too.
+kdk::Tensor read_attributes(PyObject* x, bool whole) {
+  static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+  static PyObject* const shape = PyUnicode_InternFromString("shape");
+  static PyObject* const stride = PyUnicode_InternFromString("stride");
+  kdk::Tensor t;
+  t.data = PyLong_AsVoidPtr(own(PyObject_CallMethodNoArgs(x, data_ptr)).ptr());
+  t.dtype = code_of(x);
+  if (!whole) return t;
+  read_sizes(own(PyObject_GetAttr(x, shape)).ptr(), t.shape, &t.ndim);
+  read_sizes(own(PyObject_CallMethodNoArgs(x, stride)).ptr(), t.stride, &t.ndim);
+  return t;
+}
+
+// The same through the exchange table.
+kdk::Tensor read_exchanged(const dlpack::Exchange& table, PyObject* x, bool whole) {
+  dlpack::Tensor from{};
+  if (table.read(x, &from) != 0) throw py::error_already_set();
+  kdk::Tensor t;
+  t.data = static_cast<char*>(from.data) + from.byte_offset;
+  switch (from.code << 8 | from.bits) {
+    case dlpack::kFloat << 8 | 32: t.dtype = kdk::DType::f32; break;
+    case dlpack::kFloat << 8 | 16: t.dtype = kdk::DType::f16; break;
+    case dlpack::kBfloat << 8 | 16: t.dtype = kdk::DType::bf16; break;
+    case dlpack::kInt << 8 | 64: t.dtype = kdk::DType::i64; break;
+    default: t.dtype = code_of(x);
+  }
+  if (!whole) return t;
+  if (from.ndim > kdk::Tensor::kMaxDims)
+    throw std::invalid_argument("tensor has too many dimensions");
+  t.ndim = from.ndim;
+  std::copy_n(from.shape, from.ndim, t.shape);
+  std::copy_n(from.strides, from.ndim, t.stride);
+  return t;
+}
+
+kdk::Tensor read_tensor(PyObject* x, bool whole) {
+  // Tensors and parameters: two types, asked once each.
+  static std::map<PyTypeObject*, const dlpack::Exchange*> tables;
+  const auto found = tables.find(Py_TYPE(x));
+  const dlpack::Exchange* table = found != tables.end()
+                                      ? found->second
+                                      : (tables[Py_TYPE(x)] = dlpack::exchange_of(Py_TYPE(x)));
+  return table ? read_exchanged(*table, x, whole) : read_attributes(x, whole);
+}
+
+kdk::Tensor to_view(PyObject* x, PyObject* shape, PyObject* stride) {
+  kdk::Tensor t = read_tensor(x, false);
   int32_t strides = 0;
   read_sizes(shape, t.shape, &t.ndim);
   read_sizes(stride, t.stride, &strides);
@@ -48,8 +97,6 @@ kdk::Tensor to_tensor(PyObject* x, PyObject* shape, PyObject* stride) {
 }
 
 Value to_value(PyObject* x) {
-  static PyObject* const shape = PyUnicode_InternFromString("shape");
-  static PyObject* const stride = PyUnicode_InternFromString("stride");
   Value v;
   if (x == Py_None) return v;
   if (PyLong_Check(x)) {
@@ -61,11 +108,10 @@ Value to_value(PyObject* x) {
   } else if (PyTuple_Check(x)) {
     if (PyTuple_GET_SIZE(x) != 3) throw std::invalid_argument("a view is a tuple of three");
     v.kind = Value::Kind::tensor;
-    v.tensor = to_tensor(PyTuple_GET_ITEM(x, 0), PyTuple_GET_ITEM(x, 1), PyTuple_GET_ITEM(x, 2));
+    v.tensor = to_view(PyTuple_GET_ITEM(x, 0), PyTuple_GET_ITEM(x, 1), PyTuple_GET_ITEM(x, 2));
   } else {
     v.kind = Value::Kind::tensor;
-    v.tensor = to_tensor(x, own(PyObject_GetAttr(x, shape)).ptr(),
-                         own(PyObject_CallMethodNoArgs(x, stride)).ptr());
+    v.tensor = read_tensor(x, true);
   }
   if (PyErr_Occurred()) throw py::error_already_set();
   return v;

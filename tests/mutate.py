@@ -51,7 +51,7 @@ MUTANTS = (
     Mutant("cpu", "earlier tiles not rescaled", SOFTMAX, "    z *= factor;\n", ""),
     Mutant("cpu", "labels not applied to the divisor", CPU, "const double w = job.row_weight(r);", "const double w = 1;"),
     Mutant("cpu", "T^2 on the loss but not on its gradient's temperature", OP, "2.0 * kd / scalars", "0.0 * kd / scalars"),
-    Mutant("cpu", "a stored gradient handed out twice", "kdkernels/ops/scale/op.py", "    if keep:\n", "    if False:\n"),
+    Mutant("cpu", "a stored gradient handed out twice", "kdkernels/ops/scale/op.py", "get_current_graph_task_keep_graph():", "get_current_graph_task_keep_graph() and False:"),
     Mutant("triton", "sign of the divergence's two sides", TRITON, "tl.where(kind == 0, 1.0, -1.0)", "tl.where(kind == 0, -1.0, 1.0)"),
     Mutant("triton", "no 1/T in the gradient", TRITON, "kw[:, None] * (g * inv_s)", "kw[:, None] * g"),
     Mutant("triton", "earlier tiles not rescaled", TRITON, "z_s = z_s * c_s + ex", "z_s = z_s + ex"),

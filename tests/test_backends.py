@@ -115,6 +115,35 @@ def test_the_context_decides_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ran == ["row_divergence_forward"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_tensors_are_read_by_their_attributes_too(dtype: torch.dtype) -> None:
+    """As with a torch that has no exchange table."""
+    library = backends.library("cpu")
+    if not library:
+        pytest.skip(f"no native kernels here: {native.build_info().get('native')}")
+
+    class Attributes:
+        def __init__(self, x: torch.Tensor):
+            self.x, self.shape, self.dtype = x, x.shape, x.dtype
+
+        def data_ptr(self) -> int:
+            return self.x.data_ptr()
+
+        def stride(self) -> tuple[int, ...]:
+            return self.x.stride()
+
+    x = torch.arange(12.0).to(dtype)
+    factor = torch.tensor([3.0])
+    library.call("scale_in_place", Attributes(x), Attributes(factor), 1)
+    assert torch.equal(x, (3 * torch.arange(12.0)).to(dtype))
+    library.call("scale_in_place", x, factor, 1)
+    assert torch.equal(x, (9 * torch.arange(12.0)).to(dtype))
+    unknown = torch.zeros(12, dtype=torch.complex64)
+    for tensor in (unknown, Attributes(unknown)):
+        with pytest.raises(TypeError, match="the kernels have no such dtype"):
+            library.call("scale_in_place", tensor, factor, 1)
+
+
 def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         pytest.raises(ValueError, match="unknown backend 'gpu': choose one of auto, cuda, triton, cpu, reference"),

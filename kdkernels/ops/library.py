@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,8 +63,8 @@ class FirstOrderOnly(torch.autograd.Function):
 
 
 def first_order(
-    operation: str, output: torch.Tensor, grads: tuple[torch.Tensor | None, ...]
-) -> tuple[torch.Tensor | None, ...]:
+    operation: str, output: torch.Tensor, grads: Sequence[torch.Tensor | None]
+) -> Sequence[torch.Tensor | None]:
     """The gradients a backward returns; under create_graph=True they refuse a second backward.
 
     `output` is what the forward returned and saved. Upstream gradients seldom require grad, but the

@@ -65,8 +65,7 @@ class StoredGradients(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor) -> Any:
         operation, backend = ctx.about
         output, *grads = ctx.saved_tensors
-        grads = scaled(grads, upstream, backend)
-        return (None, None, None, *first_order(operation, output, tuple(grads)))
+        return (None, None, None, *first_order(operation, output, scaled(grads, upstream, backend)))
 
 
 # Function.apply is a layer of Python for functorch's transforms over this one, and takes 2 us.
