@@ -181,7 +181,8 @@ def trouble(
         names = [argument] if not takes(hint, value) else [*hints_of(function), *also]
         if not re.search("|".join(rf"\b{name}\b" for name in names), words):
             return f"{type(error).__name__} without its name: {words[:160]}"
-        if launches and launches.count > before:
+        # Indices the CPU kernel of the scores looks at itself, before it writes anything (test_errors.py).
+        if launches and launches.count > before and not isinstance(error, IndexError):
             return f"{type(error).__name__} after a launch: {words[:160]}"
         return None
     except Exception as error:

@@ -64,6 +64,7 @@ def variational_information_loss(
     checks.float_tensor("raw_variance", raw_variance)
     if tuple(raw_variance.shape) != (channels,):
         raise ValueError(f"raw_variance must have one number a channel, ({channels},); got {tuple(raw_variance.shape)}")
+    checks.same_device(student_features=s, raw_variance=raw_variance)
     backend = backends.resolve("variational_information_loss", (s, t), backend, SUPPORTED)
     factor = share(s, reduction)
     (raw,) = as_wide(raw_variance if backend != "reference" else raw_variance.to(s.dtype))
