@@ -188,3 +188,10 @@ def test_errors(generator: torch.Generator) -> None:
         pairwise_structure_loss(s, t, pool="half")
     with pytest.raises(ValueError, match="temperature must be positive, got 0"):
         cross_image_relation_loss(s, t, temperature=0.0)
+
+
+def test_gradients_lie_as_the_pixels_do(generator: torch.Generator) -> None:
+    """Channel by channel, as maps do: otherwise every operation behind them copies one of the two."""
+    s, t = (torch.randn(2, channels, 12, generator=generator).transpose(1, 2) for channels in (5, 7))
+    (grad,) = torch.autograd.grad(op.pixel_similarity(s.requires_grad_(), t, backend="cpu"), s)
+    assert grad.stride() == s.stride()

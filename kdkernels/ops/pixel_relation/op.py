@@ -48,7 +48,7 @@ def _similarity(
             s, t = student[image], teacher[image]
             difference = torch.bmm(s[:, rows], s.transpose(1, 2))
             difference.baddbmm_(t[:, rows], t.transpose(1, 2), alpha=-1)
-            total += torch.linalg.vector_norm(difference, dtype=torch.float64).square()
+            total += torch.linalg.vector_norm(difference, dim=-1).double().square().sum()
             # The matrix is symmetric: each of its elements is met as a row's and as a column's.
             for d, x, factor in ((ds, s, 4), (dt, t, -4)):
                 if d.numel():
@@ -156,7 +156,8 @@ def pixel_similarity(student: torch.Tensor, teacher: torch.Tensor, *, backend: s
     """
     if backend == "reference":
         return reference.pixel_similarity(student, teacher)
-    return PixelSimilarity.apply(student.contiguous(), teacher.contiguous(), backend)
+    # As they lie, which is channel by channel: a copy here would turn every gradient behind it round.
+    return PixelSimilarity.apply(student, teacher, backend)
 
 
 def cross_image_relation(
