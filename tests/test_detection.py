@@ -427,9 +427,15 @@ def test_margin_mse(generator: torch.Generator) -> None:
     sp, sn = pair(generator, 6)
     tp, tn = pair(generator, 6)
     same(kd.margin_mse_loss(sp, sn, tp, tn), F.mse_loss(sp - sn, tp - tn))
-    many_s, many_t = pair(generator, 6, 3)
-    got = kd.margin_mse_loss(sp[:, None], many_s, tp[:, None], many_t)
-    same(got, F.mse_loss(sp[:, None] - many_s, tp[:, None] - many_t))
+    for k in (3, 22000):  # few are composed of torch operations
+        many_s, many_t = pair(generator, 6, k)
+        scores = [x.requires_grad_() for x in (sp[:, None], many_s, tp[:, None], many_t)]
+        for dtype, rtol in ((F64, 1e-12), (torch.float32, 1e-5)):
+            got = kd.margin_mse_loss(*(x.to(dtype) for x in scores), reduction="sum")
+            wanted = F.mse_loss(scores[0] - scores[1], scores[2] - scores[3], reduction="sum")
+            same(got, wanted, rtol)
+            for a, b in zip(torch.autograd.grad(got, scores), torch.autograd.grad(wanted, scores), strict=True):
+                torch.testing.assert_close(a, b, rtol=rtol, atol=rtol)
 
 
 # ------------------------------------------------------------------------------------------------ what every one must bear

@@ -9,8 +9,9 @@ from kdkernels import backends
 from kdkernels.losses import checks
 from kdkernels.losses.features import EPS, SUPPORTED, as_wide, checked, inverse_norms, normalized
 from kdkernels.losses.module import LossModule
+from kdkernels.ops.plans import Remembered
 from kdkernels.ops.weighted_match import margin as margins
-from kdkernels.ops.weighted_match import sums
+from kdkernels.ops.weighted_match import op, sums
 from kdkernels.ops.weighted_match.maps import of_channels
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -149,15 +150,15 @@ def margin_mse_loss(
 ) -> torch.Tensor:
     """MarginMSE of retrieval: the squared difference between both models' margins of a right over a wrong passage.
 
-    ((s+ - s-) - (t+ - t-))^2: Hofstätter et al. (2020, arXiv:2010.02666). Four scores a query, so that
-    it is composed of torch operations on every device.
+    ((s+ - s-) - (t+ - t-))^2: Hofstätter et al. (2020, arXiv:2010.02666).
 
     Args:
         student_positive, student_negative: scores of the relevant and of another passage, (...), float16, bfloat16,
             float32 or float64; the negative ones may have a further axis, (..., K) with positive (..., 1).
         teacher_positive, teacher_negative: the teacher's, of shapes that broadcast with them.
         reduction: "mean", "sum" or "none".
-        backend: "auto" or "reference": there are no kernels for so little.
+        backend: "auto", "triton", "cpu" or "reference". On a CPU few scores, and anywhere one value a pair or other shapes
+            than (..., K) with (..., 1), are composed of torch operations: there is nothing to gain.
 
     Returns:
         A float32 scalar or tensor (float64 for float64 inputs).
@@ -165,24 +166,52 @@ def margin_mse_loss(
     Raises:
         ValueError: shapes that do not go together, an unknown reduction.
         TypeError: scores that are not floating point.
+        BackendError: the backend asked for cannot run here.
     """
+    scores = student_positive, student_negative, teacher_positive, teacher_negative
+    backend, rows = _margin_plan(scores, reduction, backend)
+    if rows is not None:
+        # Both margins' difference is that of the wrong scores, plus one number a query.
+        factor = 1.0 / student_negative.numel() if reduction == "mean" else 1.0
+        s_right, t_right = as_wide(student_positive, teacher_positive)
+        apart = (s_right - t_right).reshape(1, rows)
+        s_wrong, t_wrong = student_negative.reshape(1, rows, -1), teacher_negative.reshape(1, rows, -1)
+        return op.match(t_wrong, s_wrong, channel_offset=apart, factor=factor, backend=backend)
+    s_right, s_wrong, t_right, t_wrong = as_wide(*scores)
+    margin_s, margin_t = s_right - s_wrong, t_right - t_wrong
+    if margin_s.shape != margin_t.shape:
+        margin_s, margin_t = torch.broadcast_tensors(margin_s, margin_t)
+    each = F.mse_loss(margin_s, margin_t, reduction="none")
+    if reduction == "none" or each.dim() < 2 or each.numel() <= sums.AT_ONCE:
+        return _reduce(each, reduction)
+    total = sums.ordered_sum(each.sum(-1))  # no row is shared among threads, whose number would show in the sum
+    return total if reduction == "sum" else total / each.numel()
+
+
+FEW_SCORES = 2**17  # up to which torch operations take less on a CPU than a call of our own with its gradient
+
+
+@Remembered
+def _margin_plan(scores: tuple[torch.Tensor, ...], reduction: str, backend: str) -> tuple[str, int | None]:
+    """The backend, and how many queries there are where a kernel can take them as the rows of a map."""
     checks.choice("reduction", reduction, REDUCTIONS)
-    named = {
-        "student_positive": student_positive, "student_negative": student_negative,
-        "teacher_positive": teacher_positive, "teacher_negative": teacher_negative,
-    }  # fmt: skip
+    names = "student_positive", "student_negative", "teacher_positive", "teacher_negative"
+    named = dict(zip(names, scores, strict=True))
     for name, x in named.items():
         checks.float_tensor(name, x)
+    s_right, s_wrong, t_right, t_wrong = (x.shape for x in scores)
     try:
-        torch.broadcast_shapes(*(x.shape for x in named.values()))
+        torch.broadcast_shapes(s_right, s_wrong, t_right, t_wrong)
     except RuntimeError:
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items())
         raise ValueError(f"scores must go together, got {shapes}") from None
     checks.same_device(**named)
-    backends.resolve("margin_mse_loss", tuple(named.values()), backend, ("reference",))
-    s_right, s_wrong, t_right, t_wrong = as_wide(*named.values())
-    margin_s, margin_t = torch.broadcast_tensors(s_right - s_wrong, t_right - t_wrong)
-    return _reduce(F.mse_loss(margin_s, margin_t, reduction="none"), reduction)
+    backend = backends.resolve("margin_mse_loss", scores, backend, SUPPORTED)
+    alike = s_right == t_right and s_wrong == t_wrong and s_wrong.numel() > 0 and len(s_right) == len(s_wrong) > 0
+    few = backend == "cpu" and s_wrong.numel() < FEW_SCORES
+    if backend == "reference" or reduction == "none" or few or not alike or s_right != (*s_wrong[:-1], 1):
+        return backend, None
+    return backend, s_right.numel()
 
 
 class CosineLoss(LossModule):

@@ -7,16 +7,17 @@ and sums are as small as a map's channels (N, C) or pixels (N, P).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 from kdkernels.ops.library import define, first_order
 from kdkernels.ops.scalars import pack
-from kdkernels.ops.scale.op import scaled, with_gradients
+from kdkernels.ops.scale.op import with_gradients
 from kdkernels.ops.weighted_match import reference
 from kdkernels.ops.weighted_match.maps import Plan, as_dense, as_line, as_map, is_dense, like, of_channels, plan
 from kdkernels.ops.weighted_match.reference import MEASURES
-from kdkernels.ops.weighted_match.sums import exponent_of, kernels, needs_gradient, power_gradient_op, small
+from kdkernels.ops.weighted_match.sums import exponent_of, kernels, power_gradient_op, small
 
 HALF = torch.float16
 Outputs = tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]
@@ -109,53 +110,47 @@ def one_float(upstream: torch.Tensor) -> torch.Tensor:
     return upstream.reshape(1).float()
 
 
-class Match(torch.autograd.Function):
-    """Value, sums that are the weights' and offsets' gradients, and the maps' gradients; float16 ones in the backward.
-
-    These are made when their upstream scale is known: stored before, small ones would be 0.
-    """
+class LateMatch(torch.autograd.Function):
+    """The maps' gradients in the backward, when their upstream scale is known: stored before, small ones would be 0."""
 
     @staticmethod
     def forward(ctx, s, t, channel_weight, pixel_weight, channel_offset, pixel_offset, scalars, options):
         measure, dim, backend = options
-        want_s, want_t, *of_sides = ctx.needs_input_grad[:6]
         sides = tuple(map(small, (channel_weight, pixel_weight, channel_offset, pixel_offset)))
-        late = is_late(s, t, want_s, want_t)
-        total, sums, grads = match_op(
-            s, t, *sides, scalars, None, measure, dim, of_sides[0] or of_sides[2], of_sides[1] or of_sides[3],
-            want_s and not late, want_t and not late, backend,
+        wanted = ctx.needs_input_grad[2:6]
+        total, sums, _ = match_op(
+            s, t, *sides, scalars, None, measure, dim, wanted[0] or wanted[2], wanted[1] or wanted[3], False, False, backend
         )  # fmt: skip
-        inputs = (s, t) if late else (None, None)
-        ctx.save_for_backward(total, *inputs, *sides, scalars, *sums, *grads)
-        ctx.late, ctx.options = late, options
+        ctx.save_for_backward(total, s, t, *sides, scalars, *_of_sides(sums, sides, scalars, wanted))
+        ctx.options = options
         return total
 
     @staticmethod
     def backward(ctx, upstream):
         measure, dim, backend = ctx.options
-        total, s, t, channel_weight, pixel_weight, channel_offset, pixel_offset, scalars, *made = ctx.saved_tensors
+        total, s, t, channel_weight, pixel_weight, channel_offset, pixel_offset, scalars, *small_ones = (
+            ctx.saved_tensors
+        )
         want_s, want_t, *of_sides = ctx.needs_input_grad[:6]
-        channels = made.pop(0) if of_sides[0] or of_sides[2] else None
-        pixels = made.pop(0) if of_sides[1] or of_sides[3] else None
-        small_ones: tuple = (None, None, None, None)
         with torch.no_grad():
-            if ctx.late:
-                _, _, made = match_op(
-                    s, t, channel_weight, pixel_weight, channel_offset, pixel_offset, scalars, one_float(upstream), measure,
-                    dim, False, False, want_s, want_t, backend,
-                )  # fmt: skip
-            else:
-                made = scaled(made, upstream, backend)
-            if any(of_sides):
-                upstream = upstream * scalars[1]
-                small_ones = (
-                    upstream * channels[0] if of_sides[0] else None,
-                    upstream * pixels[0] if of_sides[1] else None,
-                    upstream * _times(channels[1], channel_weight) if of_sides[2] else None,
-                    upstream * _times(pixels[1], pixel_weight) if of_sides[3] else None,
-                )
-        maps = made[0] if want_s else None, made[-1] if want_t else None
-        return (*first_order("feature_match", total, (*maps, *small_ones)), None, None)
+            _, _, made = match_op(
+                s, t, channel_weight, pixel_weight, channel_offset, pixel_offset, scalars, one_float(upstream), measure,
+                dim, False, False, want_s, want_t, backend,
+            )  # fmt: skip
+            found = (upstream * x for x in small_ones)
+            grads = (made[0] if want_s else None, made[-1] if want_t else None,
+                     *(next(found) if want else None for want in of_sides))  # fmt: skip
+        return (*first_order("feature_match", total, grads), None, None)
+
+
+def _of_sides(
+    sums: list[torch.Tensor], sides: tuple[torch.Tensor | None, ...], scalars: torch.Tensor, wanted: Sequence[bool]
+) -> list[torch.Tensor]:
+    """The gradients of the weights and offsets that want one, from the sums of measure and slope over the other side."""
+    channels, pixels = sums[:1], sums[-1:]  # whichever there are
+    places = ((channels, 0, None), (pixels, 0, None), (channels, 1, sides[0]), (pixels, 1, sides[1]))
+    made = [(of[0][field], weight) for (of, field, weight), want in zip(places, wanted, strict=True) if want]
+    return [x * scalars[1] if weight is None else x * scalars[1] * weight for x, weight in made]
 
 
 def is_late(s: torch.Tensor, t: torch.Tensor, want_s: bool, want_t: bool) -> bool:
@@ -164,12 +159,8 @@ def is_late(s: torch.Tensor, t: torch.Tensor, want_s: bool, want_t: bool) -> boo
 
 
 def learners(s: torch.Tensor, t: torch.Tensor, want_s: bool, want_t: bool) -> tuple[torch.Tensor, ...]:
-    """Those whose gradients are wanted; at least one is."""
-    return (s, t) if want_s and want_t else ((s,) if want_s else (t,))
-
-
-def _times(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-    return x if weight is None else x * weight
+    """Those whose gradients are wanted."""
+    return tuple([x for x, want in ((s, want_s), (t, want_t)) if want])
 
 
 def match(
@@ -204,18 +195,19 @@ def match(
     scalars, kind = pack((beta, factor)), MEASURES.index(measure)
     learns = torch.is_grad_enabled()
     want_s, want_t = learns and student.requires_grad, learns and teacher.requires_grad
-    if any(x is not None for x in sides):
-        if needs_gradient(*sides):
-            return Match.apply(student, teacher, *sides, scalars, (kind, dim, backend))
-        sides = tuple(map(small, sides))
+    wanted = [learns and x is not None and x.requires_grad for x in sides]
     if is_late(student, teacher, want_s, want_t):
-        return Match.apply(student, teacher, *sides, scalars, (kind, dim, backend))
-    total, _, grads = match_op(
-        student, teacher, *sides, scalars, None, kind, dim, False, False, want_s, want_t, backend
+        return LateMatch.apply(student, teacher, *sides, scalars, (kind, dim, backend))
+    flat = tuple(map(small, sides))
+    total, sums, grads = match_op(
+        student, teacher, *flat, scalars, None, kind, dim, wanted[0] or wanted[2], wanted[1] or wanted[3], want_s, want_t,
+        backend,
     )  # fmt: skip
-    if not grads:
-        return total
-    return with_gradients("feature_match", backend, total, grads, learners(student, teacher, want_s, want_t))
+    of_maps = learners(student, teacher, want_s, want_t)
+    if sums:
+        grads = [*grads, *_of_sides(sums, flat, scalars, wanted)]
+        of_maps = (*of_maps, *(x for x, want in zip(sides, wanted, strict=True) if want))
+    return with_gradients("feature_match", backend, total, grads, of_maps) if grads else total
 
 
 # ---- the distance of two attentions ----

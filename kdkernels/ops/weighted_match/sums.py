@@ -30,19 +30,18 @@ def small(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.detach().float().contiguous()
 
 
-def needs_gradient(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
 def exponent_of(p: float) -> int:
     """Which power the kernels make by multiplications; 0 for any other."""
     return int(p) if p in (1, 2, 3, 4) else 0
 
 
+AT_ONCE = 16384  # torch shares a single sum among threads from twice that on, but never a row of many
+
+
 def ordered_sum(x: torch.Tensor) -> torch.Tensor:
     """The sum of all elements, added in one order whatever the number of threads."""
     x = x.reshape(-1)
-    while x.numel() > 16384:  # torch shares a single sum among threads from twice that on, but never a row of many
+    while x.numel() > AT_ONCE:
         x = F.pad(x, (0, -x.numel() % 1024)).view(-1, 1024).sum(1)
     return x.sum()
 
