@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from kdkernels import Queue, compress_loss, distillation_loss, kl_div, linear_distillation_loss
-from kdkernels.distributed import count_items, vocab_parallel, vocab_parallel_linear_loss, vocab_parallel_loss
+from kdkernels.distributed import count_items, shards, vocab_parallel_linear_loss, vocab_parallel_loss
 
 RANKS = 4
 N, V, H = 7, 24, 5
@@ -299,10 +299,10 @@ def bad_input(group: Any) -> None:
 @check
 def one_collective_a_chunk_for_the_kl_kinds(group: Any) -> None:
     """And two for the others; one more in all for the loss, and one for the hidden states' gradient."""
-    real = dist.all_reduce, vocab_parallel.all_gather
+    real = dist.all_reduce, shards.all_gather
     calls: list[str] = []
     dist.all_reduce = lambda *a, **k: (calls.append("reduce"), real[0](*a, **k))[1]
-    vocab_parallel.all_gather = lambda *a, **k: (calls.append("gather"), real[1](*a, **k))[1]
+    shards.all_gather = lambda *a, **k: (calls.append("gather"), real[1](*a, **k))[1]
     try:
         hidden, head = torch.randn(8, H).requires_grad_(), torch.randn(6, H).requires_grad_()
         for divergence, each in (("forward_kl", 0), ("reverse_kl", 0), ("js", 1)):
@@ -320,4 +320,4 @@ def one_collective_a_chunk_for_the_kl_kinds(group: Any) -> None:
             assert calls.count("gather") == 2
             assert calls.count("reduce") == 2 * each + 2
     finally:
-        dist.all_reduce, vocab_parallel.all_gather = real
+        dist.all_reduce, shards.all_gather = real
