@@ -104,7 +104,9 @@ def use_backend(name: str) -> Iterator[None]:
         BackendError: at the first operation that the backend cannot run, with the reason.
         ValueError: for an unknown name.
     """
-    if not isinstance(name, str) or (name != "auto" and name not in BACKENDS and name not in _libraries):
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a backend's, got {type(name).__name__}")
+    if name != "auto" and name not in BACKENDS and name not in _libraries:
         raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(('auto', *BACKENDS))}")
     global _forced_while_tracing
     token, before = _forced.set(name), _forced_while_tracing

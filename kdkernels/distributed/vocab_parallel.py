@@ -62,6 +62,8 @@ def _finish(
         raise TypeError("labels must be a tensor where alpha is below 1: the hard-label term needs them")
     backend = backends.resolve(operation, tuple(given), backend)
     device = like.device
+    if any(x.device != device for x in given):
+        raise ValueError(f"student and teacher must be on one device, got {', '.join(str(x.device) for x in given)}")
     ranks = dist.get_world_size(group)
     start = dist.get_rank(group) * classes if vocab_start is None else vocab_start
     dtype = torch.float64 if torch.float64 in [x.dtype for x in given] else torch.float32
@@ -218,6 +220,13 @@ def vocab_parallel_linear_loss(
             raise ValueError(
                 f"{model}_weight must have shape (V_local, {hidden.shape[-1] if hidden.dim() else 'H'}), got {tuple(head.shape)}"
             )
+    for name, bias, head in (
+        ("student_bias", student_bias, student_weight), ("teacher_bias", teacher_bias, teacher_weight),
+    ):  # fmt: skip
+        if bias is not None:
+            checks.float_tensor(name, bias)
+            if tuple(bias.shape) != (head.shape[0],):
+                raise ValueError(f"{name} must have shape ({head.shape[0]},), got {tuple(bias.shape)}")
     if student_weight.shape[0] != teacher_weight.shape[0] or student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
         raise ValueError(
             "student and teacher must have the same tokens and the same shard of the vocabulary: hidden states "

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdkernels.typed import typed
+
 Features = dict[str, torch.Tensor]
 
 
@@ -53,6 +55,7 @@ class FeatureCapture:
         KeyError: a name that the model does not have; the message offers the nearest ones.
     """
 
+    @typed
     def __init__(self, model: nn.Module, names: Iterable[str]):
         self.model = model
         self.names = tuple(dict.fromkeys(names))

@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from kdkernels.features.capture import FeatureCapture, Features, unwrapped
+from kdkernels.typed import typed
 
 Pairs = list[tuple[str, str]]
 
 
+@typed
 def layers_of(model: nn.Module) -> list[str]:
     """The layers to choose from: members of a model's Sequentials and ModuleLists that have parameters, in their order.
 
@@ -35,6 +37,7 @@ def layers_of(model: nn.Module) -> list[str]:
     return found or [n for n, m in model.named_modules() if n and not list(m.children()) and list(m.parameters(False))]
 
 
+@typed
 def match_layers(
     student: nn.Module,
     teacher: nn.Module,

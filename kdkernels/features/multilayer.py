@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from kdkernels.features.capture import Features
+from kdkernels.typed import typed
 
 Loss = Callable[..., torch.Tensor]
 
@@ -31,6 +32,7 @@ class MultiLayerLoss(nn.Module):
         ValueError: as many losses, weights or adapters as there are pairs were not given.
     """
 
+    @typed
     def __init__(
         self,
         pairs: Sequence[tuple[str, str]],
@@ -51,6 +53,7 @@ class MultiLayerLoss(nn.Module):
         self.adapters = nn.ModuleList(nn.Identity() if m is None else m for m in members)
         self.modules_of_losses = nn.ModuleList(loss for loss in each if isinstance(loss, nn.Module))
 
+    @typed
     def forward(self, student: Features, teacher: Features) -> torch.Tensor:
         """The weighted sum.
 

@@ -16,6 +16,7 @@ from kdkernels.losses.logits import kl_div
 from kdkernels.losses.module import LossModule
 from kdkernels.ops.scalars import Number
 from kdkernels.ops.weighted_match import op, sums
+from kdkernels.typed import typed
 
 BOXES_AT_ONCE = 8  # of an image, while they are drawn: a map of its size for each
 Boxes = torch.Tensor | Sequence[torch.Tensor]
@@ -129,8 +130,10 @@ class GlobalContext(nn.Module):
         channels: of the teacher, and of the student after its adapter.
     """
 
+    @typed
     def __init__(self, channels: int):
         super().__init__()
+        checks.integer("channels", channels, low=1)
         middle = max(channels // 2, 1)
         for side in ("student", "teacher"):
             # Its bias would drop out of the softmax.

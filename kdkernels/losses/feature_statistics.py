@@ -19,6 +19,7 @@ from kdkernels.ops.plans import Remembered
 from kdkernels.ops.scalars import pack
 from kdkernels.ops.weighted_match import context, op, sums
 from kdkernels.ops.weighted_match.maps import of_channels
+from kdkernels.typed import typed
 
 
 def variational_information_loss(
@@ -256,9 +257,14 @@ class VariationalInformationLoss(LossModule):
 
     function = staticmethod(variational_information_loss)
 
+    @typed
     def __init__(self, channels: int, *, initial_variance: float = 5.0, **options: Any):
         super().__init__(**options)
-        raw = math.log(math.expm1(initial_variance - options.get("eps", 1e-5)))
+        checks.integer("channels", channels, low=1)
+        eps = options.get("eps", 1e-5)
+        checks.plain_number("initial_variance", initial_variance, low=eps, open_low=True)
+        above = initial_variance - eps
+        raw = above + math.log(-math.expm1(-above))
         self.raw_variance = nn.Parameter(torch.full((channels,), raw))
 
     def forward(self, *tensors: torch.Tensor | None, **options: Any) -> torch.Tensor:

@@ -15,6 +15,7 @@ from kdkernels.ops.plans import Remembered
 from kdkernels.ops.weighted_match import op, sums
 from kdkernels.ops.weighted_match.maps import of_channels
 from kdkernels.ops.weighted_match.reference import MEASURES, power
+from kdkernels.typed import typed
 
 SUPPORTED = ("triton", "cpu", "reference")
 REDUCTIONS = ("mean", "batchmean", "sum")
@@ -34,6 +35,7 @@ class Adapter(nn.Module):
         relu: apply ReLU at the end.
     """
 
+    @typed
     def __init__(
         self,
         student_channels: int,
@@ -44,6 +46,8 @@ class Adapter(nn.Module):
         relu: bool = False,
     ):
         super().__init__()
+        checks.integer("student_channels", student_channels, low=1)
+        checks.integer("teacher_channels", teacher_channels, low=1)
         self.project = (
             nn.Linear(student_channels, teacher_channels, bias=not batch_norm)
             if linear

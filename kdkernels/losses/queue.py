@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 import torch.distributed
 
+from kdkernels.losses import checks
 from kdkernels.losses.samples import normalized
+from kdkernels.typed import typed
 
 
 class Queue(torch.nn.Module):
@@ -24,6 +26,7 @@ class Queue(torch.nn.Module):
     entries: torch.Tensor
     position: torch.Tensor
 
+    @typed
     def __init__(
         self, size: int, features: int, *, dtype: torch.dtype = torch.float32, generator: torch.Generator | None = None
     ):
@@ -47,6 +50,9 @@ class Queue(torch.nn.Module):
             ValueError: another number of features, or more embeddings than fit.
         """
         size, features = self.entries.shape
+        checks.float_tensor("embeddings", embeddings)
+        if group is not None:
+            checks.process_group(group)
         if embeddings.dim() != 2 or embeddings.shape[1] != features:
             raise ValueError(f"embeddings must have shape (N, {features}), got {tuple(embeddings.shape)}")
         x = normalized(embeddings).to(self.entries)

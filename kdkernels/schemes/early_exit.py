@@ -11,6 +11,7 @@ from torch import nn
 from kdkernels.losses import checks
 from kdkernels.losses.structured import auxiliary_heads_loss
 from kdkernels.schemes.labels import cross_entropy
+from kdkernels.typed import typed
 
 
 def self_distillation_loss(logits: Sequence[torch.Tensor], labels: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -27,8 +28,14 @@ def self_distillation_loss(logits: Sequence[torch.Tensor], labels: torch.Tensor,
         ValueError: no head.
         ValueError, TypeError, IndexError, BackendError: as auxiliary_heads_loss.
     """
+    stacked = isinstance(logits, torch.Tensor) and logits.dim() > 0
+    logits = list(logits) if stacked else checks.tensors("logits", logits)
     if len(logits) == 0:
         raise ValueError("logits must hold at least the deepest head's, got none")
+    for i, z in enumerate(logits):
+        checks.float_tensor(f"logits[{i}]", z)
+        if z.dim() == 0:
+            raise ValueError(f"logits[{i}] must have a class axis, got a 0-d tensor")
     *heads, deepest = logits
     loss = cross_entropy(deepest, labels, options.get("ignore_index", -100))
     return loss + auxiliary_heads_loss(heads, deepest, labels, **options) if heads else loss
@@ -49,6 +56,7 @@ class EarlyExitNetwork(nn.Module):
         ValueError: no stage, or another number of heads.
     """
 
+    @typed
     def __init__(self, stages: Iterable[nn.Module], heads: Iterable[nn.Module]):
         super().__init__()
         self.stages, self.heads = nn.ModuleList(stages), nn.ModuleList(heads)
@@ -66,6 +74,7 @@ class EarlyExitNetwork(nn.Module):
         return logits
 
     @torch.no_grad()
+    @typed
     def infer(self, x: torch.Tensor, threshold: float | Sequence[float] = 0.95) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores (N, V), each from the first head whose largest probability reaches the threshold, and which head.
 
@@ -87,7 +96,7 @@ class EarlyExitNetwork(nn.Module):
         if len(thresholds) != early:
             raise ValueError(f"threshold must be a number or {early} numbers, got {len(thresholds)}")
         for k, limit in enumerate(thresholds):
-            checks.number(f"threshold[{k}]", limit, low=0)
+            checks.plain_number(f"threshold[{k}]", limit, low=0)
         if self.training:
             raise RuntimeError("infer needs eval(): in training mode a sample's scores depend on who left before it")
         left = torch.arange(len(x), device=x.device)

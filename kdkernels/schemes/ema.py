@@ -10,6 +10,7 @@ from torch import nn
 
 from kdkernels.features.capture import unwrapped
 from kdkernels.losses import checks
+from kdkernels.typed import typed
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -41,10 +42,11 @@ class EMATeacher(nn.Module):
             whose parameters or buffers have other names or shapes than the one that was copied.
     """
 
+    @typed
     def __init__(self, student: nn.Module, decay: float = 0.999, *, warmup: float | None = 2.0, buffers: str = "copy"):
         super().__init__()
-        checks.number("decay", decay, low=0, high=1)
-        checks.number("warmup", warmup, low=1, open_low=True, optional=True)
+        checks.plain_number("decay", decay, low=0, high=1)
+        checks.plain_number("warmup", warmup, low=1, open_low=True, optional=True)
         checks.choice("buffers", buffers, ("copy", "average"))
         self.decay, self.warmup, self.updates = decay, warmup, 0
         self.model = copy.deepcopy(unwrapped(student)).requires_grad_(False).eval()
@@ -78,6 +80,7 @@ class EMATeacher(nn.Module):
         return min(self.decay, (1 + self.updates) / (self.warmup + self.updates))
 
     @torch.no_grad()
+    @typed
     def update(self, student: nn.Module) -> None:
         """One step towards the student; call it after the optimizer's."""
         mine, theirs = self._state(self.model), self._state(unwrapped(student))
@@ -118,24 +121,43 @@ class TemporalEnsemble(nn.Module):
     predictions: torch.Tensor
     updates: torch.Tensor
 
+    @typed
     def __init__(self, samples: int, classes: int, momentum: float = 0.6):
         super().__init__()
-        checks.number("momentum", momentum, low=0, high=1)
+        checks.integer("samples", samples, low=0)
+        checks.integer("classes", classes, low=1)
+        checks.plain_number("momentum", momentum, low=0, high=1)
         if momentum == 1:
             raise ValueError("momentum must be below 1: nothing would ever be learnt")
         self.momentum = momentum
         self.register_buffer("predictions", torch.zeros(samples, classes))
         self.register_buffer("updates", torch.zeros(samples))
 
+    def _check(self, indices: torch.Tensor) -> None:
+        if indices.dim() != 1 or indices.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"indices must be integers (N,), got {indices.dtype} {tuple(indices.shape)}")
+        if indices.device.type not in ("cpu", self.predictions.device.type):
+            raise ValueError(f"indices must be on {self.predictions.device}, got {indices.device}")
+        checks.indices("indices", indices, len(self.predictions))
+
     @torch.no_grad()
+    @typed
     def update(self, indices: torch.Tensor, predictions: torch.Tensor) -> None:
         """Adds the predictions (N, classes) of the samples `indices` (N,), each of which occurs once."""
+        self._check(indices)
+        checks.float_tensor("predictions", predictions)
+        if predictions.shape != (len(indices), self.predictions.shape[1]):
+            raise ValueError(
+                f"predictions must be ({len(indices)}, {self.predictions.shape[1]}), got {tuple(predictions.shape)}"
+            )
         new = self.predictions[indices].lerp(predictions.to(self.predictions), 1 - self.momentum)
         self.predictions[indices] = new
         self.updates[indices] += 1
 
+    @typed
     def forward(self, indices: torch.Tensor) -> torch.Tensor:
         """The targets (N, classes) of these samples; zeros for those never seen, which `seen` tells."""
+        self._check(indices)
         corrected = 1 - self.momentum ** self.updates[indices]
         return self.predictions[indices] / corrected.clamp_min(torch.finfo(corrected.dtype).tiny).unsqueeze(-1)
 

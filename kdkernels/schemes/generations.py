@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdkernels.typed import typed
+
 # (student, teachers) -> None: trains the student in place; the teachers are frozen meanwhile.
 Train = Callable[[nn.Module, Sequence[nn.Module]], Any]
 
 
 @contextlib.contextmanager
+@typed
 def frozen(*models: nn.Module) -> Iterator[None]:
     """In here the models are in eval mode and their parameters require no gradient; afterwards all is as before."""
     modes = [(module, module.training) for model in models for module in model.modules()]
@@ -29,6 +32,7 @@ def frozen(*models: nn.Module) -> Iterator[None]:
             p.requires_grad_(requires_grad)
 
 
+@typed
 def distill_chain(
     students: Iterable[nn.Module], train: Train, *, teacher: nn.Module | None = None, dense: bool = False
 ) -> list[nn.Module]:
@@ -72,6 +76,7 @@ def distill_chain(
     return trained
 
 
+@typed
 def born_again(
     make: Callable[[], nn.Module], generations: int, train: Train, *, teacher: nn.Module | None = None
 ) -> list[nn.Module]:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from kdkernels.losses import checks
+
 
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
@@ -20,6 +22,8 @@ class _ScaleGradient(torch.autograd.Function):
 
 def scale_gradient(x: torch.Tensor, factor: float) -> torch.Tensor:
     """x, whose gradient is multiplied by `factor` on its way back: 0 stops it, -1 reverses it."""
+    checks.float_tensor("x", x)
+    checks.plain_number("factor", factor)
     if factor == 0:
         return x.detach()
     return x if factor == 1 else _ScaleGradient.apply(x, factor)

@@ -17,7 +17,7 @@ from kdkernels.schemes.labels import cross_entropy, known_labels
 def _learners(logits: Sequence[torch.Tensor] | torch.Tensor) -> list[torch.Tensor]:
     if isinstance(logits, torch.Tensor) and logits.dim() < 2:
         raise ValueError(f"logits must be (learners, ..., classes), got shape {tuple(logits.shape)}")
-    learners = list(logits)
+    learners = list(logits) if isinstance(logits, torch.Tensor) else checks.tensors("logits", logits)
     if not learners:
         raise ValueError("logits must hold at least one learner, got none")
     return learners
@@ -50,6 +50,7 @@ def mutual_learning_loss(
     Raises:
         ValueError, TypeError, IndexError, BackendError: as mutual_kl_div.
     """
+    checks.plain_number("weight", weight)
     learners = _learners(logits)
     alone = torch.stack([cross_entropy(z, labels, ignore_index) for z in learners]).sum()
     return alone + weight * mutual_kl_div(logits, labels=labels, ignore_index=ignore_index, **options)
@@ -89,19 +90,25 @@ def collaborative_loss(
     """
     learners = _learners(logits)
     count = len(learners)
+    if not isinstance(influence, (list, tuple)) or not all(isinstance(row, (list, tuple)) for row in influence):
+        raise TypeError(f"influence must be rows of weights, got {type(influence).__name__}")
     if len(influence) != count or any(len(row) != count for row in influence):
         raise ValueError(f"influence must be {count} rows of {count} weights, one for every ordered pair of models")
     label_weights = [1.0] * count if label_weights is None else label_weights
+    if not isinstance(label_weights, (list, tuple)):
+        raise TypeError(f"label_weights must be a sequence of numbers, got {type(label_weights).__name__}")
+    for i, w in enumerate(label_weights):
+        checks.plain_number(f"label_weights[{i}]", w)
     if len(label_weights) != count:
         raise ValueError(f"label_weights must have {count} weights, got {len(label_weights)}")
-    checks.number("teaching_gradient", teaching_gradient, low=0, high=1)
+    checks.plain_number("teaching_gradient", teaching_gradient, low=0, high=1)
     terms = [w * cross_entropy(z, labels, ignore_index) for w, z in zip(label_weights, learners, strict=True)]
     loss = torch.stack(terms).sum()
     options |= {"labels": labels, "ignore_index": ignore_index}
     teachers = [scale_gradient(z, teaching_gradient) for z in learners]
     for i, row in enumerate(influence):
         for j, weight in enumerate(row):
-            checks.number(f"influence[{i}][{j}]", weight, low=0)
+            checks.plain_number(f"influence[{i}][{j}]", weight, low=0)
             if i != j and weight > 0:
                 loss = loss + weight * kl_div(learners[i], teachers[j], **options)
     return loss
@@ -129,7 +136,11 @@ def ensemble_logits(
         TypeError, IndexError: labels that are no class indices.
     """
     checks.choice("how", how, ("mean", "best", "gate"))
+    if gate is not None:
+        checks.float_tensor("gate", gate)
     stacked = torch.stack([z.detach() for z in _learners(logits)])
+    if gate is not None:
+        checks.same_device(logits=stacked, gate=gate)
     if how == "mean":
         return stacked.mean(0)
     if how == "gate":

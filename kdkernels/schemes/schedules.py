@@ -21,6 +21,9 @@ class Constant:
 
     value: float
 
+    def __post_init__(self) -> None:
+        checks.plain_number("value", self.value)
+
     def __call__(self, step: float) -> float:
         return self.value
 
@@ -39,7 +42,9 @@ class Linear:
     delay: float = 0.0
 
     def __post_init__(self) -> None:
-        checks.number("steps", self.steps, low=0, open_low=True)
+        for name in ("start", "end", "delay"):
+            checks.plain_number(name, getattr(self, name))
+        checks.plain_number("steps", self.steps, low=0, open_low=True)
 
     def progress(self, step: float) -> float:
         return min(max((step - self.delay) / self.steps, 0.0), 1.0)
@@ -83,8 +88,10 @@ def confidence_weight(
         TypeError, IndexError: labels that are no class indices, as kl_div.
     """
     checks.float_tensor("teacher_logits", teacher_logits)
-    checks.number("temperature", temperature, low=0, open_low=True)
-    checks.number("power", power, low=0)
+    if teacher_logits.dim() == 0:
+        raise ValueError("teacher_logits must have a class axis, got a 0-d tensor")
+    checks.plain_number("temperature", temperature, low=0, open_low=True)
+    checks.plain_number("power", power, low=0)
     p = (teacher_logits.detach().float() / temperature).softmax(-1)
     if labels is None:
         return p.amax(-1).pow(power)

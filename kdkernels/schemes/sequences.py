@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
+from kdkernels.losses import checks
+from kdkernels.typed import typed
+
 
 class TeacherSequences:
     """What a teacher wrote, once, for its students to read many times: sequence-level distillation.
@@ -25,6 +28,7 @@ class TeacherSequences:
         ValueError: shapes that differ, or are not (B, T) with B at least 1.
     """
 
+    @typed
     def __init__(self, tokens: torch.Tensor, completion_mask: torch.Tensor):
         if tokens.dim() != 2 or len(tokens) == 0 or tokens.shape != completion_mask.shape:
             raise ValueError(
@@ -35,6 +39,7 @@ class TeacherSequences:
 
     @classmethod
     @torch.no_grad()
+    @typed
     def write(
         cls, generate: Callable[[torch.Tensor], torch.Tensor], prompts: torch.Tensor, *, end: int | None = None,
         padding: int = 0, batch_size: int = 64,
@@ -49,6 +54,12 @@ class TeacherSequences:
             padding: fills up shorter batches, outside the completions.
             batch_size: prompts at a time.
         """
+        checks.integer("batch_size", batch_size, low=1)
+        checks.integer("padding", padding)
+        if end is not None:
+            checks.integer("end", end)
+        if prompts.dim() != 2:
+            raise ValueError(f"prompts must be (B, P), got shape {tuple(prompts.shape)}")
         pieces = [generate(part) for part in prompts.split(batch_size)]
         longest = max(p.shape[1] for p in pieces)
         tokens = torch.cat([F.pad(p, (0, longest - p.shape[1]), value=padding) for p in pieces])
@@ -62,14 +73,18 @@ class TeacherSequences:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @typed
     def draw(self, count: int, generator: torch.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens, completion_mask) of `count` sequences at random."""
+        checks.integer("count", count, low=0)
         chosen = torch.randint(len(self), (count,), generator=generator).to(self.tokens.device)
         return self.tokens[chosen], self.completion_mask[chosen]
 
+    @typed
     def batches(
         self, size: int, generator: torch.Generator | None = None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """All sequences once in a random order; the last batch may be smaller."""
+        checks.integer("size", size, low=1)
         for chosen in torch.randperm(len(self), generator=generator).to(self.tokens.device).split(size):
             yield self.tokens[chosen], self.completion_mask[chosen]

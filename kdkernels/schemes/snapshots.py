@@ -13,6 +13,7 @@ from kdkernels.features.capture import unwrapped
 from kdkernels.losses import checks
 from kdkernels.losses.logits import kl_div
 from kdkernels.losses.structured import lwf_loss
+from kdkernels.typed import typed
 
 
 class SnapshotTeacher(nn.Module):
@@ -33,6 +34,7 @@ class SnapshotTeacher(nn.Module):
         model: what to copy; it may be wrapped in DistributedDataParallel or compiled.
     """
 
+    @typed
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = copy.deepcopy(unwrapped(model)).requires_grad_(False).eval()
@@ -72,7 +74,7 @@ def anchor_distillation_loss(
     Raises:
         ValueError, TypeError, BackendError: as kl_div; TypeError for an option that is excepted.
     """
-    checks.number("anchor_weight", anchor_weight, low=0, high=1)
+    checks.plain_number("anchor_weight", anchor_weight, low=0, high=1)
     for name in ("teacher_temperature", "from_log_probs", "dim"):
         if name in options:
             raise TypeError(f"anchor_distillation_loss has no option {name!r}")
@@ -107,7 +109,7 @@ class LearningWithoutForgetting(nn.Module):
 
     def __init__(self, weight: float = 1.0, **options: Any):
         super().__init__()
-        checks.number("weight", weight, low=0)
+        checks.plain_number("weight", weight, low=0)
         self.weight, self.options = weight, options
         self.tasks: list[Hashable] = []
         self.teacher: SnapshotTeacher | None = None

@@ -11,6 +11,7 @@ from torch import nn
 from kdkernels.losses import checks
 from kdkernels.losses.divergences import js_div
 from kdkernels.schemes.generations import frozen
+from kdkernels.typed import typed
 
 
 class _Statistics:
@@ -33,6 +34,7 @@ class _Statistics:
         return torch.stack(terms).sum() if terms else 0.0
 
 
+@typed
 def synthetic_batch(
     teacher: nn.Module,
     start: torch.Tensor,
@@ -73,7 +75,7 @@ def synthetic_batch(
     """
     for name, value in (("steps", steps), ("rate", rate), ("statistics_weight", statistics_weight),
                         ("smoothness", smoothness), ("competition", competition)):  # fmt: skip
-        checks.number(name, value, low=0)
+        checks.plain_number(name, value, low=0)
     if bounds is not None and not bounds[0] < bounds[1]:
         raise ValueError(f"bounds must be in order, got {bounds}")
     x = start.detach().clone().requires_grad_()

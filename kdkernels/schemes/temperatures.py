@@ -9,8 +9,10 @@ from torch import nn
 
 from kdkernels.losses import checks
 from kdkernels.schemes.gradients import scale_gradient
+from kdkernels.typed import typed
 
 
+@typed
 def capacity_gap(student: nn.Module, teacher: nn.Module) -> float:
     """Orders of magnitude between the numbers of parameters, log10(P_teacher / P_student), at least 0.
 
@@ -23,6 +25,7 @@ def capacity_gap(student: nn.Module, teacher: nn.Module) -> float:
     return max(math.log10(counts[1] / counts[0]), 0.0)
 
 
+@typed
 def by_capacity(student: nn.Module, teacher: nn.Module, equal: float, apart: float, *, decades: float = 2.0) -> float:
     """A temperature or weight for a pair of models: `equal` for as many parameters, `apart` where they are far apart.
 
@@ -38,7 +41,7 @@ def by_capacity(student: nn.Module, teacher: nn.Module, equal: float, apart: flo
     Raises:
         ValueError: as capacity_gap; decades not positive.
     """
-    checks.number("decades", decades, low=0, open_low=True)
+    checks.plain_number("decades", decades, low=0, open_low=True)
     share = min(capacity_gap(student, teacher) / decades, 1.0)
     return (1 - share) * equal + share * apart
 
@@ -64,6 +67,7 @@ class LearnableTemperature(nn.Module):
         ValueError: bounds or an initial value out of order.
     """
 
+    @typed
     def __init__(self, initial: float = 4.0, *, low: float = 1.0, high: float = 21.0, adversarial: bool = True):
         super().__init__()
         if not 0 < low < initial < high < math.inf:
@@ -76,6 +80,7 @@ class LearnableTemperature(nn.Module):
 
     def forward(self, strength: float = 1.0) -> torch.Tensor:
         """The temperature, a 0-d tensor; its gradient is multiplied by `strength` (and by -1 where adversarial)."""
+        checks.plain_number("strength", strength)
         temperature = self.low + (self.high - self.low) * self.u.sigmoid()
         return scale_gradient(temperature, -strength if self.adversarial else strength)
 

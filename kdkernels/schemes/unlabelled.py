@@ -41,8 +41,9 @@ def semi_supervised_loss(
         ValueError, TypeError, IndexError, BackendError: as kl_div; a threshold outside 0 to 1, a negative weight.
     """
     checks.scores("student_logits", student_logits, "teacher_logits", teacher_logits, -1)
-    checks.number("weight", weight, low=0)
-    checks.number("threshold", threshold, low=0, high=1)
+    checks.plain_number("weight", weight, low=0)
+    checks.flag("pseudo_labels", pseudo_labels)
+    checks.plain_number("threshold", threshold, low=0, high=1)
     teacher_logits = teacher_logits.detach()
     rows = max(teacher_logits.shape[:-1].numel(), 1)
     wide = torch.promote_types(teacher_logits.dtype, torch.float32)

@@ -58,7 +58,7 @@ def chunk_rows(rows: int, classes: int, width: int, chunk_bytes: int, buffers: i
     row = FLOAT * classes * buffers
     if chunk_bytes == 0:
         chunk_bytes = max(min(row * width, MOST_BYTES.get(device, MOST_BYTES["cuda"])), row * LEAST_ROWS)
-    most_rows = chunk_bytes // row
+    most_rows = max(chunk_bytes // row, 1)
     if rows <= most_rows:
         return max(rows, 1)
     n = -(-rows // -(-rows // most_rows))  # as few chunks, but equal ones
