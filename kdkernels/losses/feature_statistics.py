@@ -15,7 +15,7 @@ from kdkernels import backends
 from kdkernels.losses import checks
 from kdkernels.losses.features import REDUCTIONS, SUPPORTED, adapted, as_wide, checked, hint_loss, share
 from kdkernels.losses.module import LossModule
-from kdkernels.ops.plans import Remembered
+from kdkernels.ops.plans import remembered
 from kdkernels.ops.scalars import pack
 from kdkernels.ops.weighted_match import context, op, sums
 from kdkernels.ops.weighted_match.maps import of_channels
@@ -207,7 +207,7 @@ def hierarchical_context_loss(
     return total
 
 
-@Remembered
+@remembered
 def _context_plan(
     pair: tuple[torch.Tensor, torch.Tensor], backend: str, *levels: int
 ) -> tuple[torch.Tensor | None, str]:

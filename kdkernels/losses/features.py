@@ -11,7 +11,7 @@ from torch import nn
 from kdkernels import backends
 from kdkernels.losses import checks
 from kdkernels.losses.module import LossModule
-from kdkernels.ops.plans import Remembered
+from kdkernels.ops.plans import remembered
 from kdkernels.ops.weighted_match import op, sums
 from kdkernels.ops.weighted_match.maps import of_channels
 from kdkernels.ops.weighted_match.reference import MEASURES, power
@@ -192,7 +192,7 @@ def hint_loss(
     return (sums.ordered_sum(xx * a**2 + yy * b**2 - 2 * xy * (a * b)) * factor).float()
 
 
-@Remembered
+@remembered
 def _hint_plan(
     tensors: tuple[torch.Tensor, torch.Tensor],
     measure: str,
@@ -251,7 +251,7 @@ def _attention(
     return sums.ordered_sum(rows.where(apart, 1.0).sqrt().where(apart, 0.0)) / max(rows.numel(), 1)
 
 
-@Remembered
+@remembered
 def _attention_plan(
     tensors: tuple[torch.Tensor, torch.Tensor], operation: str, dim: int, over_channels: bool, p: float, signed: bool, mean: bool,
     distance: str, eps: float, add_eps: bool, backend: str,

@@ -9,7 +9,7 @@ from kdkernels import backends
 from kdkernels.losses import checks
 from kdkernels.losses.features import EPS, SUPPORTED, as_wide, checked, inverse_norms, normalized
 from kdkernels.losses.module import LossModule
-from kdkernels.ops.plans import Remembered
+from kdkernels.ops.plans import remembered
 from kdkernels.ops.weighted_match import margin as margins
 from kdkernels.ops.weighted_match import op, sums
 from kdkernels.ops.weighted_match.maps import of_channels
@@ -191,7 +191,7 @@ def margin_mse_loss(
 FEW_SCORES = 2**17  # up to which torch operations take less on a CPU than a call of our own with its gradient
 
 
-@Remembered
+@remembered
 def _margin_plan(scores: tuple[torch.Tensor, ...], reduction: str, backend: str) -> tuple[str, int | None]:
     """The backend, and how many queries there are where a kernel can take them as the rows of a map."""
     checks.choice("reduction", reduction, REDUCTIONS)

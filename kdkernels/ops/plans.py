@@ -2,41 +2,46 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from kdkernels import backends
-from kdkernels.ops.scalars import TENSORS, remembers
+from kdkernels.ops.library import looked_at
+from kdkernels.ops.scalars import remembers
 
 Plan = TypeVar("Plan")
 KEPT = 4096  # plans of one kind; then they are forgotten, and worked out anew
 
 
-class Remembered(Generic[Plan]):
+def remembered(make: Callable[..., Plan]) -> Callable[..., Plan]:
     """`make(tensors, *options)`, remembered: at small sizes checking and planning would take longer than computing.
 
-    It may look at the tensors' shapes, strides, dtypes and devices, and at which backend is asked for; not at values, nor
-    at whether they require a gradient. What it raises is not kept.
+    It may look at everything about the tensors but their values, at which backend is asked for, and at whether gradients
+    are on. What it raises is not kept.
     """
+    known: dict[Any, Plan] = {}
 
-    def __init__(self, make: Callable[..., Plan]):
-        self._make = make
-        self._known: dict[Any, Plan] = {}
+    @functools.wraps(make)
+    def plan(tensors: tuple[torch.Tensor, ...], *options: Any) -> Plan:
+        if looked_at(*tensors):
+            return make(tensors, *options)
+        try:
+            about: list[Any] = [backends.requested(), torch.is_grad_enabled(), options]
+            for x in tensors:
+                about += x.shape, x.stride(), x.dtype, x.device, x.requires_grad
+            key = (*about, tuple(map(type, options)))  # 1, 1.0 and True are equal
+            found = known.get(key)
+        except (TypeError, RuntimeError):  # an option has no hash, or a tensor no strides
+            return make(tensors, *options)
+        if found is None:
+            found = make(tensors, *options)
+            if remembers(options):
+                if len(known) >= KEPT:
+                    known.clear()
+                known[key] = found
+        return found
 
-    def __call__(self, tensors: tuple[torch.Tensor, ...], *options: Any) -> Plan:
-        if not remembers(options):
-            return self._make(tensors, *options)
-        signature: list[Any] = [backends.requested()]
-        for x in tensors:
-            if type(x) not in TENSORS or x.layout is not torch.strided:
-                return self._make(tensors, *options)
-            signature += x.shape, x.stride(), x.dtype, x.device
-        key = (*signature, options, *map(type, options))  # 1, 1.0 and True are equal
-        plan = self._known.get(key)
-        if plan is None:
-            if len(self._known) >= KEPT:
-                self._known.clear()
-            plan = self._known[key] = self._make(tensors, *options)
-        return plan
+    return plan

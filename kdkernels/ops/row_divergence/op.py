@@ -13,6 +13,7 @@ from kdkernels.losses import checks
 from kdkernels.native import View
 from kdkernels.ops import layout
 from kdkernels.ops.library import define, first_order, looked_at
+from kdkernels.ops.plans import remembered
 from kdkernels.ops.row_divergence import native, reference
 from kdkernels.ops.row_divergence.kinds import (
     DIVERGENCE,
@@ -20,10 +21,9 @@ from kdkernels.ops.row_divergence.kinds import (
     STATS,
     TEMPERATURE,
 )
-from kdkernels.ops.scalars import Number, pack, remembers
+from kdkernels.ops.scalars import Number, pack
 from kdkernels.ops.scale.op import with_gradients
 
-DIM = 5  # its place in the options of RowDivergence
 COUNT_KD, COUNT_CE = 1, 2  # which divisors a kernel counts from labels and weights
 
 
@@ -278,10 +278,10 @@ def row_divergence(
         masked = labels is not None or weight is not None
     else:
         masked = False
-    plan = _plan_of(student, teacher, (
-        operation, what, int(kind), int(inputs), dim, ignore_index, temperature, teacher_temperature, kd_weight, ce_weight,
-        scale_by_t2, reduction, masked, label_smoothing, num_items, p0, p1, backend,
-    ))  # fmt: skip
+    plan = _plan(
+        (student, teacher), operation, what, int(kind), int(inputs), dim, ignore_index, temperature, teacher_temperature,
+        kd_weight, ce_weight, scale_by_t2, reduction, masked, label_smoothing, num_items, p0, p1, backend,
+    )  # fmt: skip
     options = plan.options
     if labels is not None and (
         options is None or options[-1] != "cpu"
@@ -328,40 +328,17 @@ class Plan(NamedTuple):
     want_teacher: bool
     scalars: torch.Tensor
     options: tuple[Any, ...] | None  # of RowDivergence; None: the reference runs it
-    splits: layout.Splits | None = None  # of the scores and the gradients, where the plan is remembered
+    splits: (
+        layout.Splits | None
+    )  # of the scores and the gradients; None: something looks on, or the plan is for one call
 
 
-_plans: dict[tuple[Any, ...], Plan] = {}
-
-
-def _plan_of(student: torch.Tensor, teacher: torch.Tensor, arguments: tuple[Any, ...]) -> Plan:
-    """A plan, remembered: at small sizes checking and planning would take longer than computing."""
-    if looked_at(student, teacher):
-        return _plan(student, teacher, *arguments)
-    try:
-        signature = (
-            student.shape, student.stride(), student.dtype, student.device, student.requires_grad, teacher.shape,
-            teacher.stride(), teacher.dtype, teacher.device, teacher.requires_grad, torch.is_grad_enabled(),
-            backends.requested(), arguments, tuple(map(type, arguments)),
-        )  # fmt: skip
-        plan = _plans.get(signature)
-    except (TypeError, RuntimeError):  # an argument has no hash or a tensor no strides: neither has such a call a plan
-        return _plan(student, teacher, *arguments)
-    if plan is None:
-        plan = _plan(student, teacher, *arguments)
-        if plan.options is not None and remembers(arguments):
-            outputs = _outputs(student, teacher, plan.want_student, plan.want_teacher)
-            plan = plan._replace(splits=layout.splits(plan.options[DIM], student, teacher, *outputs))
-            if len(_plans) == 4096:
-                _plans.clear()
-            _plans[signature] = plan
-    return plan
-
-
+@remembered
 def _plan(
-    student, teacher, operation, what, kind, inputs, dim, ignore_index, temperature, teacher_temperature, kd_weight,
+    tensors, operation, what, kind, inputs, dim, ignore_index, temperature, teacher_temperature, kd_weight,
     ce_weight, scale_by_t2, reduction, masked, label_smoothing, num_items, p0, p1, backend,
 ) -> Plan:  # fmt: skip
+    student, teacher = tensors
     dim = checks.scores(f"student_{what}", student, f"teacher_{what}", teacher, dim)
     checks.flag("scale_by_t2", scale_by_t2)
     checks.number("temperature", temperature, low=0, open_low=True, learnable=True, like=student)
@@ -380,13 +357,13 @@ def _plan(
         kind, inputs, ce_weight is not None, count, ignore_index, dim, reduction == "none", scale_by_t2,
         teacher_temperature is None, backend,
     )  # fmt: skip
-    return Plan(
-        not any(isinstance(x, torch.Tensor) for x in (temperature, teacher_temperature, num_items)),
-        reduction != "none" and torch.float16 not in (student.dtype, teacher.dtype),
-        *(torch.is_grad_enabled() and x.requires_grad for x in (student, teacher)),
-        scalars,
-        None if backend == "reference" else options,
-    )
+    plain = not any(isinstance(x, torch.Tensor) for x in (temperature, teacher_temperature, num_items))
+    wants = [torch.is_grad_enabled() and x.requires_grad for x in (student, teacher)]
+    splits = None
+    if plain and backend != "reference" and not looked_at(student, teacher):
+        splits = layout.splits(dim, student, teacher, *_outputs(student, teacher, *wants))
+    stores = reduction != "none" and torch.float16 not in (student.dtype, teacher.dtype)
+    return Plan(plain, stores, *wants, scalars, None if backend == "reference" else options, splits)
 
 
 def _terms(
