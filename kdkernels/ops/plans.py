@@ -31,7 +31,7 @@ def remembered(make: Callable[..., Plan]) -> Callable[..., Plan]:
         try:
             about: list[Any] = [backends.requested(), torch.is_grad_enabled(), options]
             for x in tensors:
-                about += x.shape, x.stride(), x.dtype, x.device, x.requires_grad
+                about += x.shape, x.stride(), x.layout, x.dtype, x.device, x.requires_grad
             key = (*about, tuple(map(type, options)))  # 1, 1.0 and True are equal
             found = known.get(key)
         except (TypeError, RuntimeError):  # an option has no hash, or a tensor no strides
