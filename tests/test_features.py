@@ -83,6 +83,12 @@ def test_channel_attention(generator: torch.Generator) -> None:
     same(kd.channel_attention_transfer_loss(s, t), (a - b).pow(2).mean())
 
 
+def test_attention_needs_positions() -> None:
+    """One position alone would always have all the attention, and the loss would be 0."""
+    with pytest.raises(ValueError, match=r"must have positions to attend to.*got shape \(2, 5\)"):
+        kd.attention_transfer_loss(torch.randn(2, 5), torch.randn(2, 5))
+
+
 # --------------------------------------------------------------------------------------------------------------- adapters
 
 

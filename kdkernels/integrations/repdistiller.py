@@ -64,7 +64,7 @@ class HintLoss(nn.Module):
 
 def attention(f_s: torch.Tensor, f_t: torch.Tensor, p: float) -> torch.Tensor:
     """Attention transfer of one layer, with x^p where that exists for a negative x."""
-    return kdkernels.attention_transfer_loss(f_s, f_t, p=p, signed=p == round(p))
+    return kdkernels.attention_transfer_loss(f_s, f_t, p=p, signed=p % 1 == 0)
 
 
 class Attention(nn.Module):

@@ -258,6 +258,10 @@ def _attention_plan(
 ) -> tuple[int, str]:  # fmt: skip
     """Their channel axis and backend, once all arguments are found to be right."""
     dim = checked(*tensors, dim, same="pixels" if over_channels else "channels")
+    if over_channels and tensors[0].dim() < 3:
+        raise ValueError(
+            f"student_features must have positions to attend to, (N, C, H, W) or (B, T, D); got shape {tuple(tensors[0].shape)}"
+        )
     checks.choice("distance", distance, ("squared", "norm"))
     checks.plain_number("p", p, low=1)
     checks.plain_number("eps", eps, low=0)
@@ -313,8 +317,8 @@ def attention_transfer_loss(
         A float32 scalar (float64 for float64 inputs). A map of zeros has attention 0 and gets no gradient.
 
     Raises:
-        ValueError: a different number of samples or (without pool) pixels, differing devices, p below 1, a signed power that
-            is no integer.
+        ValueError: a different number of samples or (without pool) pixels, features without pixels, differing devices, p
+            below 1, a signed power that is no integer.
         TypeError: features that are not floating point.
         BackendError: the backend asked for cannot run here.
 
