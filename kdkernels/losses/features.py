@@ -258,10 +258,6 @@ def _attention_plan(
 ) -> tuple[int, str]:  # fmt: skip
     """Their channel axis and backend, once all arguments are found to be right."""
     dim = checked(*tensors, dim, same="pixels" if over_channels else "channels")
-    if over_channels and tensors[0].dim() < 3:
-        raise ValueError(
-            f"student_features must have positions to attend to, (N, C, H, W) or (B, T, D); got shape {tuple(tensors[0].shape)}"
-        )
     checks.choice("distance", distance, ("squared", "norm"))
     checks.plain_number("p", p, low=1)
     checks.plain_number("eps", eps, low=0)
@@ -269,6 +265,10 @@ def _attention_plan(
     checks.flag("add_eps", add_eps)
     if signed and p != round(p):
         raise ValueError(f"signed takes an integer p, got {p:g}")
+    if over_channels and tensors[0].dim() < 3:
+        raise ValueError(
+            f"student_features must have positions to attend to, (N, C, H, W) or (B, T, D); got shape {tuple(tensors[0].shape)}"
+        )
     return dim, backends.resolve(operation, tensors, backend, SUPPORTED)
 
 
