@@ -1,6 +1,6 @@
 """Arguments held to their annotations, where some microseconds more are nothing: constructors, and calls once a run or a step.
 
-The losses do not use it: each says itself what it takes, with its own words and at next to no cost (losses/checks.py).
+The losses do not use it: each says itself what it takes, with its own words and at next to no cost (checks.py).
 """
 
 from __future__ import annotations

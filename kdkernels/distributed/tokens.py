@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from kdkernels.losses import checks
+from kdkernels import checks
 
 
 @torch.no_grad()

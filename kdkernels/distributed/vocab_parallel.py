@@ -9,9 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from kdkernels import backends
+from kdkernels import backends, checks
 from kdkernels.distributed.shards import Job, ShardedLoss, of_heads, of_logits
-from kdkernels.losses import checks
 from kdkernels.losses.logits import _soft_term
 from kdkernels.ops.row_divergence.kinds import Kind
 from kdkernels.ops.scalars import Number

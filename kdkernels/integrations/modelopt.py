@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import kdkernels
-from kdkernels.losses import checks
+from kdkernels import checks
 
 __all__ = ["LogitsDistillationLoss"]
 

@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 import kdkernels
+from kdkernels import checks
 from kdkernels.integrations.repdistiller import ContrastMemory
-from kdkernels.losses import checks
 
 __all__ = [
     "ATLoss",

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 
 import kdkernels
-from kdkernels.losses import checks
+from kdkernels import checks
 
 __all__ = ["generalized_jsd_loss", "use_in"]
 

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kdkernels import backends
-from kdkernels.losses import checks
+from kdkernels import backends, checks
 from kdkernels.losses.module import LossModule
 from kdkernels.ops.gram_match import reference
 from kdkernels.ops.gram_match.kinds import Kind, Normalize

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed
 
-from kdkernels import backends
-from kdkernels.losses import checks
+from kdkernels import backends, checks
 from kdkernels.losses.linear import _check_chunk
 from kdkernels.losses.module import LossModule
 from kdkernels.losses.samples import normalized

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kdkernels import backends
+from kdkernels import backends, checks
 from kdkernels.features.capture import unwrapped
-from kdkernels.losses import checks
 from kdkernels.losses.features import SUPPORTED, adapted, as_wide, checked, hint_loss
 from kdkernels.losses.logits import kl_div
 from kdkernels.losses.module import LossModule

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kdkernels.losses import checks
+from kdkernels import checks
 from kdkernels.losses.module import LossModule
 from kdkernels.ops.dist.op import dist
 from kdkernels.ops.scalars import Number

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from kdkernels.losses import checks
+from kdkernels import checks
 from kdkernels.losses.module import LossModule
 from kdkernels.ops.row_divergence.kinds import Kind
 from kdkernels.ops.row_divergence.op import row_divergence

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kdkernels import backends
-from kdkernels.losses import checks
+from kdkernels import backends, checks
 from kdkernels.losses.features import REDUCTIONS, SUPPORTED, adapted, as_wide, checked, hint_loss, share
 from kdkernels.losses.module import LossModule
 from kdkernels.ops.plans import remembered

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kdkernels import backends
-from kdkernels.losses import checks
+from kdkernels import backends, checks
 from kdkernels.losses.module import LossModule
 from kdkernels.ops.plans import remembered
 from kdkernels.ops.weighted_match import op, sums

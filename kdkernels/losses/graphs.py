@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
-from kdkernels import backends
-from kdkernels.losses import checks
+from kdkernels import backends, checks
 from kdkernels.losses.module import LossModule
 from kdkernels.losses.samples import EPS, mean_square, normalized, off_diagonal, squared_distances, wide
 from kdkernels.ops.edge_relation import op as edge_relation

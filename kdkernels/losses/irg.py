@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from kdkernels import backends
-from kdkernels.losses import checks
+from kdkernels import backends, checks
 from kdkernels.losses.module import LossModule
 from kdkernels.losses.samples import EPS, mean_square, off_diagonal, squared_distances, wide
 from kdkernels.ops.scalars import Number

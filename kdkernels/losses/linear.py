@@ -14,7 +14,7 @@ from typing import Any, ParamSpec
 
 import torch
 
-from kdkernels.losses import checks
+from kdkernels import checks
 from kdkernels.losses.logits import _soft_term
 from kdkernels.losses.module import LossModule
 from kdkernels.ops.linear_divergence.heads import FLOAT, Head

@@ -6,8 +6,7 @@ import math
 
 import torch
 
-from kdkernels import backends
-from kdkernels.losses import checks
+from kdkernels import backends, checks
 from kdkernels.losses.linear import _check_budget, _head
 from kdkernels.losses.module import LossModule
 from kdkernels.losses.sparse import _divided, _divisor, _sparse, _teacher, _treatment, _weights, topk_div

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from kdkernels.losses import checks
+from kdkernels import checks
 from kdkernels.losses.module import LossModule
 from kdkernels.ops.row_divergence.kinds import Kind
 from kdkernels.ops.row_divergence.op import row_divergence

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kdkernels.losses import checks
+from kdkernels import checks
 from kdkernels.losses.module import LossModule
 from kdkernels.ops.peer_divergence.op import peer_divergence
 from kdkernels.ops.scalars import Number

@@ -7,8 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from kdkernels import backends
-from kdkernels.losses import checks
+from kdkernels import backends, checks
 from kdkernels.losses.module import LossModule
 from kdkernels.losses.samples import EPS
 from kdkernels.ops.pixel_relation import op

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed
 
-from kdkernels.losses import checks
+from kdkernels import checks
 from kdkernels.losses.samples import normalized
 from kdkernels.typed import typed
 

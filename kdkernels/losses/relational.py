@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kdkernels import backends
-from kdkernels.losses import checks
+from kdkernels import backends, checks
 from kdkernels.losses.module import LossModule
 from kdkernels.losses.samples import EPS, normalized, squared_distances
 from kdkernels.ops.pairwise_distance import op as pairwise

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kdkernels import backends
-from kdkernels.losses import checks
+from kdkernels import backends, checks
 from kdkernels.losses.features import EPS, SUPPORTED, as_wide, checked, inverse_norms, normalized
 from kdkernels.losses.module import LossModule
 from kdkernels.ops.plans import remembered

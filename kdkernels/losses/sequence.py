@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kdkernels.losses import checks
+from kdkernels import checks
 from kdkernels.losses.linear import _check_chunk, _head
 from kdkernels.losses.module import LossModule
 from kdkernels.ops.linear_divergence.op import linear_divergence

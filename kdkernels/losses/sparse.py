@@ -6,8 +6,7 @@ import math
 
 import torch
 
-from kdkernels import backends
-from kdkernels.losses import checks
+from kdkernels import backends, checks
 from kdkernels.losses.module import LossModule
 from kdkernels.ops.row_divergence.kinds import Kind
 from kdkernels.ops.row_divergence.reference import divergence as divergence_of

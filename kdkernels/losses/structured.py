@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kdkernels.losses import checks
+from kdkernels import checks
 from kdkernels.losses.module import LossModule
 from kdkernels.ops.row_divergence.kinds import Kind
 from kdkernels.ops.row_divergence.op import row_divergence

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdkernels.losses import checks
+from kdkernels import checks
 from kdkernels.losses.structured import auxiliary_heads_loss
 from kdkernels.schemes.labels import cross_entropy
 from kdkernels.typed import typed

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdkernels import checks
 from kdkernels.features.capture import unwrapped
-from kdkernels.losses import checks
 from kdkernels.typed import typed
 
 HALVES = (torch.float16, torch.bfloat16)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from kdkernels.losses import checks
+from kdkernels import checks
 
 
 class _ScaleGradient(torch.autograd.Function):

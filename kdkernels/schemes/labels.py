@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kdkernels.losses import checks
+from kdkernels import checks
 
 
 def known_labels(labels: torch.Tensor, logits: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:

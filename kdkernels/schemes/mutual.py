@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kdkernels.losses import checks
+from kdkernels import checks
 from kdkernels.losses.logits import kl_div
 from kdkernels.losses.mutual import mutual_kl_div
 from kdkernels.schemes.gradients import scale_gradient

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kdkernels.losses import checks
+from kdkernels import checks
 from kdkernels.schemes.labels import known_labels
 
 

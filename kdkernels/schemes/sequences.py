@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from kdkernels.losses import checks
+from kdkernels import checks
 from kdkernels.typed import typed
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdkernels import checks
 from kdkernels.features.capture import unwrapped
-from kdkernels.losses import checks
 from kdkernels.losses.logits import kl_div
 from kdkernels.losses.structured import lwf_loss
 from kdkernels.typed import typed

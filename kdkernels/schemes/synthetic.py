@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kdkernels.losses import checks
+from kdkernels import checks
 from kdkernels.losses.divergences import js_div
 from kdkernels.schemes.generations import frozen
 from kdkernels.typed import typed

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from kdkernels.losses import checks
+from kdkernels import checks
 from kdkernels.schemes.gradients import scale_gradient
 from kdkernels.typed import typed
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kdkernels.losses import checks
+from kdkernels import checks
 from kdkernels.losses.logits import kl_div
 from kdkernels.schemes.labels import cross_entropy
 

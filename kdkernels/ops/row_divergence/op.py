@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kdkernels import backends
-from kdkernels.losses import checks
+from kdkernels import backends, checks
 from kdkernels.native import View
 from kdkernels.ops import layout
 from kdkernels.ops.library import define, first_order, looked_at
