@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from sweep import BF16, CASES, F16, F32, F64, cast, check
 from targets import Target
 
-from kdkernels import distillation_loss, kl_div
+from kdkernels import distillation_loss, js_div, kl_div
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 INF, NAN = math.inf, math.nan
@@ -114,6 +114,27 @@ def test_whole_vocabulary_masked(target: Target, who: str, generator: torch.Gene
     assert loss.isfinite()
     assert grad.isfinite().all()
     assert (grad[1] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("of_teacher", [False, True], ids=["student", "teacher"])
+@pytest.mark.parametrize("loss", [kl_div, js_div, distillation_loss])
+def test_gradients_too_large_for_the_caches(
+    loss: Any, of_teacher: bool, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """From 8 MiB on the CPU kernel writes them past the caches; rows of 9001 classes begin anywhere in a line."""
+    n = 240 if dtype == F32 else 480
+    both, labels = scores((n, 9001), generator, dtype), torch.randint(9001, (n,), generator=generator)
+    grads = []
+    for rows in (slice(None), slice(97, 100)):
+        leaves = [x[rows].clone().requires_grad_(i == of_teacher) for i, x in enumerate(both)]
+        with_labels = {"labels": labels[rows]} if loss is distillation_loss else {}
+        total = loss(*leaves, temperature=2.0, reduction="sum", backend="cpu", **with_labels)
+        grads += torch.autograd.grad(total, leaves[of_teacher])
+    whole, some = grads
+    assert whole.nbytes >= 2**23 > some.nbytes
+    assert torch.equal(whole[97:100], some)
+    assert whole.isfinite().all() and (whole != 0).any(dim=1).all()
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "common/convert.h"
+#include "common/pages.h"
 #include "common/parallel.h"
 #include "common/registry.h"
 #include "row_divergence/cpu_block.h"
@@ -83,14 +84,17 @@ void run_rows(const Job& job, const Output& out) {
   parallel_for(job.rows, job.rows * job.classes, job.threads, [&](int64_t begin, int64_t end) {
     float* memory = thread_scratch().floats(RowKernel::memory(job.classes));
     auto scores = [&](const Tensor& x, const Tensor& d, int64_t r) -> Scores {
-      return {address(x, r, job.inner), x.dtype, address(d, r, job.inner), d.dtype};
+      return {address(x, r, job.inner), x.dtype, address(d, r, job.inner), d.dtype,
+              d && d.numel() * size_of(d.dtype) >= kPastCaches};
     };
     for (int64_t r = begin; r < end; ++r)
       run_row(job, out, r, scores(job.student, job.ds, r), scores(job.teacher, job.dt, r), memory);
+    streams_done();
   });
 }
 
 void run(const Job& job, const Output& out) {
+  prefer_large_pages(job.ds), prefer_large_pages(job.dt);
   auto dense = [](const Tensor& x) { return !x || x.stride[1] == 1 || x.shape[1] == 1; };
   const bool rows = dense(job.student) && dense(job.teacher) && dense(job.ds) && dense(job.dt);
   if (job.logits() && job.classes <= (rows ? kShortClasses : kColumnClasses))

@@ -10,6 +10,7 @@
 
 #include "common/convert.h"
 #include "common/softmax.h"
+#include "common/stream.h"
 #include "row_divergence/cpu_job.h"
 
 namespace KDK_NAMESPACE {
@@ -23,15 +24,21 @@ struct Scores {
   DType type;
   void* d;
   DType d_type;
+  bool past_caches = false;  // how the gradient is stored
 
   const float* tile(int64_t start, int64_t n, float* buffer) const {
     return load_tile(advance(x, type, start), type, n, buffer);
   }
   float* gradient_tile(int64_t start, int64_t n, float* buffer) const {
-    return d ? tile_target(advance(d, d_type, start), d_type, n, buffer) : buffer;
+    return d && !past_caches ? tile_target(advance(d, d_type, start), d_type, n, buffer) : buffer;
   }
   void store(int64_t start, int64_t n, const float* tile) const {
-    if (d) store_tile(advance(d, d_type, start), d_type, n, tile);
+    if (!d) return;
+    void* to = advance(d, d_type, start);
+    if (past_caches)
+      stream_tile<kTile>(to, d_type, n, tile);
+    else
+      store_tile(to, d_type, n, tile);
   }
   void zero(int64_t n) const {
     if (d) memset(d, 0, static_cast<size_t>(n * size_of(d_type)));
