@@ -185,6 +185,19 @@ def test_duplicates(fused: Target, who: str, dtype: torch.dtype, generator: torc
     close(gradients(rkd_angle_loss, s, t, both=True, backend=fused.backend), exact, tolerance)
 
 
+@fused_here
+@pytest.mark.parametrize("options", [{}, {"beta": 0.25, "reduction": "sum"}], ids=["mean", "sum"])
+@pytest.mark.parametrize("loss", ["distance", "angle", "both"])
+def test_models_that_agree_have_no_gradient(
+    fused: Target, loss: str, options: dict[str, Any], generator: torch.Generator
+) -> None:
+    """Exactly: the rounding of one model's product, less the other's, would be a slope that every triplet shares."""
+    near = make_clusters(0.001)((7, 6), generator)["student"]  # in two floats, not in integers
+    for x in (near, *(embeddings(n, 6, 6, generator)[0] for n in ((6,) if fused.slow else (19, 200)))):
+        for value in gradients(LOSSES[loss], x, x, both=True, backend=fused.backend, **options):
+            assert not value.any()
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("n", [0, 1, 2, 3])
 def test_few_samples(target: Target, loss: str, n: int, generator: torch.Generator) -> None:

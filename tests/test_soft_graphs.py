@@ -109,11 +109,11 @@ def test_zero_where_structures_agree_and_only_there(target: Target, generator: t
         assert all(g.abs().max() < 1e-4 for g in grads)
     assert graph_structure_loss(s, s, **options) == 0
     moved = s.clone()
-    moved[4] += 0.5
-    assert graph_structure_loss(moved, s, **options) > 1e-6
+    moved[4] = -moved[4]  # whoever was near is far, and the other way round
+    assert graph_structure_loss(moved, s, **options) > 1e-4
     for weights in ((1.0, 0.0), (0.0, 1.0)):
         terms = dict(zip(("connectivity_weight", "path_weight"), weights))
-        assert graph_structure_loss(moved, s, **terms, **options) > 1e-7
+        assert graph_structure_loss(moved, s, **terms, **options) > 1e-5
 
 
 def test_connectivity_and_hops_in_the_limit(target: Target) -> None:

@@ -15,6 +15,16 @@
 
 namespace KDK_NAMESPACE {
 
+// s - t of two products, and exactly 0 where these are equal: contracted with one of them to a
+// fused multiply-add, it would be what that one's rounding took, and a slope made of nothing.
+KDK_HD float apart(float s, float t) {
+#ifdef __CUDA_ARCH__
+  return __fsub_rn(s, t);  // is never contracted
+#else
+  return s == t ? 0.f : s - t;
+#endif
+}
+
 #if defined(__CUDACC__) || defined(KDK_CUDA_ON_CPU)
 
 KDK_HD float vexp(float x) {

@@ -85,9 +85,13 @@ KDK_INLINE V in_register(V v) {
   asm("" : "+v"(v));
 #elif defined(__SSE__)
   asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
 #endif
   return v;
 }
+// As elementary.h has it for one number: in registers both products are rounded.
+KDK_INLINE Floats apart(Floats s, Floats t) { return in_register(s) - in_register(t); }
 
 KDK_INLINE Floats broadcast(float x) { return x - Floats{}; }
 KDK_INLINE Ints lane_index() {

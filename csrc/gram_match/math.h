@@ -32,10 +32,6 @@ struct Side {
   float length, dot, inverse;
 };
 
-// s - t, and exactly 0 for equal products: a difference that is fused with one of them is what that
-// one's rounding took, and a length made of it has a gradient of length 1.
-KDK_HD float apart(float s, float t) { return s == t ? 0.f : s - t; }
-
 // x over the row's length as if it were divided, so that a row of one element is exactly 1.
 KDK_HD float quotient(float x, Side side) {
 #if defined(__CUDACC__) || defined(KDK_CUDA_ON_CPU) || defined(__FMA__) || defined(__aarch64__)
@@ -87,7 +83,7 @@ struct Epilogue {
         return q * vlog_normal((q + eps) / (p + eps)) + (p - q);
       }
       case kSigned: return s * s;
-      default: return (s - t) * (s - t);
+      default: return apart(s, t) * apart(s, t);
     }
   }
 
@@ -127,8 +123,8 @@ struct Epilogue {
         return 0.5f * of_own.inverse *
                (outer_slope(student, own, of_own, other, of_other) - of_own.dot);
       case kSigned: return 2.f * own;
-      case kLengths: return (own - other) * of_own.inverse;
-      default: return 2.f * (own - other);
+      case kLengths: return apart(own, other) * of_own.inverse;
+      default: return 2.f * apart(own, other);
     }
   }
 };

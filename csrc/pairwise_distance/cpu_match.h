@@ -29,7 +29,7 @@ struct Scale {
 };
 
 KDK_INLINE Floats difference(Floats a, Scale of_a, Floats b, Scale of_b) {
-  return (a * of_a.inverse_mean - b * of_b.inverse_mean) + (a * of_a.rest - b * of_b.rest);
+  return apart(a * of_a.inverse_mean, b * of_b.inverse_mean) + apart(a * of_a.rest, b * of_b.rest);
 }
 
 // Rows of the match. Sums are floats over kRun pairs at a time, then doubles.

@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kThreads)
   float sums[3] = {};
   for (int k = 0; k < kPairs; k += kThreads) {
     const Pair p = pair_at(m, int64_t{blockIdx.x} * kPairs + k + threadIdx.x);
-    const float x = (p.s * by_s - p.t * by_t) / m.beta, c = huber_slope(x, 1.f);
+    const float x = apart(p.s * by_s, p.t * by_t) / m.beta, c = huber_slope(x, 1.f);
     sums[0] += p.weight * huber_value(x, c, 0.5f);
     sums[1] += p.weight * c * p.s;
     sums[2] += p.weight * c * p.t;
@@ -202,7 +202,8 @@ __global__ void __launch_bounds__(kThreads)
     if (at >= m.n * m.n) continue;
     const Pair p = pair_at(m, at);
     const bool itself = at / m.n == at % m.n;
-    const float c = huber_slope((p.s * by_s - p.t * by_t) / m.beta, 1.f), factor = scale * p.weight;
+    const float c = huber_slope(apart(p.s * by_s, p.t * by_t) / m.beta, 1.f),
+                factor = scale * p.weight;
     if (ds)
       ds[at] =
           itself ? 0.f

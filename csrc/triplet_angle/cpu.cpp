@@ -126,7 +126,7 @@ KDK_INLINE Floats block(const Job& job, float* opposite, float* rows, int64_t si
         const Floats cos_s = weight * Form::numerator_of(x_s, Form::at(y), s_jk[a][b]);
         const Floats cos_t =
             inv_t * other_t[b] * Form::numerator_of(x_t, Form::at(y + kTeacher), t_jk[a][b]);
-        const Floats d = cos_s - cos_t, slope = to_one(d);
+        const Floats d = apart(cos_s, cos_t), slope = to_one(d);
         loss += huber_value(d, slope, half);
         if constexpr (kGrad) {
           const Floats q = in_register(slope * cos_s);

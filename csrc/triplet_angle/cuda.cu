@@ -60,7 +60,7 @@ __device__ inline Angle angle(const Sides& a, const Sides& b, const Sides& c) {
   const float weight = a.s_inv * b.s_inv;
   const float s = weight * numerator(a.s_hi, b.s_hi, c.s_hi, a.s_lo, b.s_lo, c.s_lo);
   const float t = a.t_inv * b.t_inv * numerator(a.t_hi, b.t_hi, c.t_hi, a.t_lo, b.t_lo, c.t_lo);
-  return {weight, s, s - t};
+  return {weight, s, apart(s, t)};
 }
 
 struct Sums {

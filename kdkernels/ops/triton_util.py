@@ -23,6 +23,12 @@ def cast(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
+@triton.jit
+def apart(s, t):
+    """s - t of two products, and exactly 0 where these are equal: fused with one of them it would be what its rounding took."""
+    return tl.where(s == t, 0.0, s - t)
+
+
 def power(n: int) -> int:
     """The least power of two from n on, at least 1: what tiles are."""
     return 1 << max(n - 1, 0).bit_length()

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from kdkernels.ops.gram_match.kinds import Kind, Normalize
 from kdkernels.ops.gram_match.native import splits_of
-from kdkernels.ops.triton_util import INTERPRETED, on, signature
+from kdkernels.ops.triton_util import INTERPRETED, apart, on, signature
 
 TILE, DEPTH = 64, 32  # outputs on a side of a tile, products of an output at a time
 GRADIENT_DEPTH = 16  # of the gradient, which has both models' weights to make: deeper ones do not fit the registers
@@ -60,7 +60,7 @@ def _value(s, length_s, t, length_t, eps, gamma, decay, KIND: tl.constexpr, ORDE
     elif KIND == SIGNED:
         return s * s
     else:
-        return (s - t) * (s - t)
+        return apart(s, t) * apart(s, t)
 
 
 @triton.jit
@@ -107,9 +107,9 @@ def _slope(
     elif KIND == SIGNED:
         return 2.0 * own
     elif KIND == LENGTHS:
-        return tl.div_rn(own - other, length)
+        return tl.div_rn(apart(own, other), length)
     else:
-        return 2.0 * (own - other)
+        return 2.0 * apart(own, other)
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels
@@ -228,10 +228,8 @@ def statistics_kernel(
                 sum_s += tl.where(inside, 0.5 * s + 0.5, 0.0)
                 sum_t += tl.where(inside, 0.5 * t + 0.5, 0.0)
             else:
-                # Exactly 0 for equal products, which a fused difference is not: what has no length has no gradient.
-                apart = tl.where(s == t, 0.0, s - t)
-                sum_s += apart * apart
-                sum_t += apart * apart
+                sum_s += apart(s, t) * apart(s, t)
+                sum_t += apart(s, t) * apart(s, t)
     length_s = tl.sum(sum_s, 0)
     length_t = tl.sum(sum_t, 0)
     if KIND == ROWS or KIND == LENGTHS:

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kdkernels.ops.triton_util import cast, on, signature
+from kdkernels.ops.triton_util import apart, cast, on, signature
 
 TILE, FEATURES = 32, 16  # samples on a side of a tile of pairs, features at a time
 STRIP, PARTNERS, WIDTH = 16, 16, 64  # samples, partners and features of a tile of the gradient
@@ -106,7 +106,7 @@ def _slopes(s, t, sums, eps, beta, NORMALIZE: tl.constexpr, SQUARED: tl.constexp
     if NORMALIZE:
         by_s = _inverse_mean(sums, 1)
         by_t = _inverse_mean(sums, 2)
-    x = (s * by_s - t * by_t) / beta
+    x = apart(s * by_s, t * by_t) / beta
     return s, t, by_s, by_t, x, tl.minimum(tl.maximum(x, -1.0), 1.0)
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from kdkernels.ops.pairwise_distance.triton import total_kernel
-from kdkernels.ops.triton_util import on, signature
+from kdkernels.ops.triton_util import apart, on, signature
 
 TILE, OTHERS = 16, 4  # pairs on a side of a program's tile, third samples at a time
 BLOCK = 1024
@@ -74,7 +74,7 @@ def angle_kernel(s_hi, s_lo, t_hi, t_lo, partial, ds, n, beta, scale, T: tl.cons
         # The angle of a side with itself is 1 exactly, or 0 where it has no length, and has no gradient.
         itself = (r[:, None] == q[None, :])[None, :, :]
         alone = tl.where(a_s > 0.0, 1.0 / beta, 0.0) - tl.where(a_t > 0.0, 1.0 / beta, 0.0)
-        x = tl.where(itself, alone[:, None, :], cos_s - cos_t)
+        x = tl.where(itself, alone[:, None, :], apart(cos_s, cos_t))
         slope = _slope(x)
         loss += tl.sum(slope * (x - 0.5 * slope), 1)
         if ds is not None:
@@ -102,7 +102,7 @@ def angle_kernel(s_hi, s_lo, t_hi, t_lo, partial, ds, n, beta, scale, T: tl.cons
                 al_t[:, None, :],
                 w_t,
             )
-            sum_o += tl.sum(_slope(cos_s - cos_t) * w_s, 1)
+            sum_o += tl.sum(_slope(apart(cos_s, cos_t)) * w_s, 1)
     inside = (p < n)[:, None] & (q < n)[None, :]
     tl.store(
         partial + tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(loss, 1), 0)
