@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import numbers
 import os
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -96,8 +98,17 @@ def scores(student_name: str, student: torch.Tensor, teacher_name: str, teacher:
     return dim
 
 
-def number(name: str, value: Number | None, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False,
-           learnable: bool = False, optional: bool = False, like: torch.Tensor | None = None) -> None:  # fmt: skip
+def number(
+    name: str,
+    value: Number | None,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    open_low: bool = False,
+    learnable: bool = False,
+    optional: bool = False,
+    like: torch.Tensor | None = None,
+) -> None:
     """A finite number, or a tensor with one element, within [low, high] (or above low); or None where that is a choice.
 
     Args:
@@ -119,12 +130,13 @@ def number(name: str, value: Number | None, *, low: float = -math.inf, high: flo
             raise ValueError(f"{name} must be a number, or a tensor on {like.device} or the CPU, got {value.device}")
         if not _may_read(value):
             return
-    elif isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+    elif isinstance(value, (bool, Fraction)) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
+        # numpy's are real; a Fraction is too, but torch does not calculate with it
         raise TypeError(f"{name} must be a number or a tensor with one element, got {type(value).__name__}")
     elif torch.compiler.is_compiling():
         return  # a guard on the value would recompile whenever it is annealed
     elif isinstance(value, int):
-        integer(name, int(value))
+        integer(name, value)
     x = float(value.detach() if isinstance(value, torch.Tensor) else value)
     if not math.isfinite(x) or not (low < x if open_low else low <= x) or x > high:
         if open_low and low == 0 and high == math.inf:
@@ -145,23 +157,30 @@ def choice(name: str, value: str, options: tuple[str, ...]) -> None:
         raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(map(repr, options))}")
 
 
-def integers(
-    name: str, x: torch.Tensor | None, rows: tuple[int, ...], device: torch.device
-) -> torch.Tensor | None:  # fmt: skip
-    """A label of every row, whichever."""
-    if x is None:
-        return None
+def _beside_scores(
+    name: str,
+    x: torch.Tensor,
+    shape: tuple[int, ...],
+    device: torch.device,
+    what: str = "the shape of the scores without the class axis,",
+) -> None:
+    """A dense tensor of this shape on the scores' device."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     dense(name, x)
-    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise TypeError(f"{name} must hold class indices (int64), got {_name(x.dtype)}")
-    if tuple(x.shape) != rows:
-        raise ValueError(
-            f"{name} must have the shape of the scores without the class axis, {rows}; got {tuple(x.shape)}"
-        )
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} must have {what} {shape}; got {tuple(x.shape)}")
     if x.device != device:
         raise ValueError(f"{name} must be on {device} with the scores, got {x.device}")
+
+
+def integers(name: str, x: torch.Tensor | None, rows: tuple[int, ...], device: torch.device) -> torch.Tensor | None:
+    """A label of every row, whichever."""
+    if x is None:
+        return None
+    _beside_scores(name, x, rows, device)
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name} must hold class indices (int64), got {_name(x.dtype)}")
     return x
 
 
@@ -196,30 +215,20 @@ def per_row(name: str, x: torch.Tensor | None, rows: tuple[int, ...], device: to
     """Weights of every row; a boolean mask becomes zeros and ones."""
     if x is None:
         return None
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    dense(name, x)
+    _beside_scores(name, x, rows, device)
     if x.is_complex():
         raise TypeError(f"{name} must be real numbers, got {_name(x.dtype)}")
-    if tuple(x.shape) != rows:
-        raise ValueError(
-            f"{name} must have the shape of the scores without the class axis, {rows}; got {tuple(x.shape)}"
-        )
-    if x.device != device:
-        raise ValueError(f"{name} must be on {device} with the scores, got {x.device}")
     if x.requires_grad:
         raise ValueError(f"{name} gets no gradient here: pass {name}.detach(), or use reduction='none'")
     return x
 
 
 def per_class(name: str, x: torch.Tensor | None, classes: int, device: torch.device) -> torch.Tensor | None:
+    """Weights of every class."""
     if x is None:
         return None
     float_tensor(name, x)
-    if tuple(x.shape) != (classes,):
-        raise ValueError(f"{name} must have one value a class, shape ({classes},); got {tuple(x.shape)}")
-    if x.device != device:
-        raise ValueError(f"{name} must be on {device} with the scores, got {x.device}")
+    _beside_scores(name, x, (classes,), device, "one value a class, shape")
     if x.requires_grad:
         raise ValueError(f"{name} gets no gradient here: pass {name}.detach()")
     return x
