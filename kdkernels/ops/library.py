@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 LIBRARY = torch.library.Library("kdkernels", "DEF")
-PLAIN = {torch.Tensor, torch.nn.Parameter}
+TENSORS = {torch.Tensor, torch.nn.Parameter}  # and no subclass, whose operations may be its own
 
 
 def looked_at(*tensors: torch.Tensor) -> bool:
@@ -16,7 +16,7 @@ def looked_at(*tensors: torch.Tensor) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
     for x in tensors:  # noqa: SIM110 (a generator would take three times as long)
-        if type(x) not in PLAIN:
+        if type(x) not in TENSORS:
             return True
     return False
 

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 
+from kdkernels.ops.library import TENSORS, looked_at
+
 Number = float | int | torch.Tensor
-
-
-_PLAIN = {float, int, bool, str, type(None)}
-TENSORS = {torch.Tensor, torch.nn.Parameter}
+_CONSTANT = {float, int, bool, str, type(None)}
 
 
 def readable(*tensors: torch.Tensor) -> bool:
@@ -31,11 +30,12 @@ def remembers(arguments: tuple[Any, ...]) -> bool:
     Not where one is a tensor, whose value may change, nor while something looks on: a dispatch mode (fake tensors) makes
     tensors of its own kind.
     """
-    return (
-        _PLAIN.issuperset(map(type, arguments))
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-    )
+    return _CONSTANT.issuperset(map(type, arguments)) and not looked_at()
+
+
+def detached(value: Number) -> Number:
+    """A hyper-parameter on its way into a kernel, which knows nothing of gradients."""
+    return value.detach() if isinstance(value, torch.Tensor) else value
 
 
 @functools.lru_cache(maxsize=4096)
@@ -48,24 +48,15 @@ def pack(values: tuple[Number, ...]) -> torch.Tensor:
     """A float32 vector of these values, detached."""
     if remembers(values):
         return _constant(*values)  # shared by every call with these values: operators only read it
+    values = tuple([detached(v) for v in values])
     tensors = [v for v in values if isinstance(v, torch.Tensor)]
+    device = next((t.device for t in tensors if not t.is_cpu), torch.device("cpu"))
     if not readable(*tensors):
-        device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
         one = torch.ones((), device=device)
-        return torch.stack(
-            [(v.detach().to(one) if isinstance(v, torch.Tensor) else one * v).reshape(()) for v in values]
-        )
-    if not tensors:
-        return _constant.__wrapped__(*[float(v) for v in values])  # type: ignore[arg-type]
-    device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
+        return torch.stack([(v.to(one) if isinstance(v, torch.Tensor) else one * v).reshape(()) for v in values])
     if device.type == "cpu":
-        return torch.tensor(
-            [float(v.detach() if isinstance(v, torch.Tensor) else v) for v in values], dtype=torch.float32
-        )
-    filled = [
-        torch.full((), float(v), device=device)
-        if not isinstance(v, torch.Tensor) or v.device.type == "cpu"
-        else v.detach().to(torch.float32).reshape(())
+        return torch.tensor([float(v) for v in values], dtype=torch.float32)
+    return torch.stack([
+        v.float().reshape(()) if isinstance(v, torch.Tensor) and not v.is_cpu else torch.full((), float(v), device=device)
         for v in values
-    ]
-    return torch.stack(filled)
+    ])  # fmt: skip

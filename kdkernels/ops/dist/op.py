@@ -11,7 +11,7 @@ from kdkernels.native import View
 from kdkernels.ops import layout
 from kdkernels.ops.dist import native, reference
 from kdkernels.ops.library import define, first_order
-from kdkernels.ops.scalars import Number, pack
+from kdkernels.ops.scalars import Number, detached, pack
 
 ROW_STATS, COLUMN_STATS = 8, 7
 
@@ -181,7 +181,7 @@ def dist(
             student, teacher, temperature=temperature, beta=beta, gamma=gamma, scale_by_t2=scale_by_t2, eps=eps,
             clamp=clamp, dim=dim, labels=labels, weight=weight, ignore_index=ignore_index,
         )  # fmt: skip
-    beta, gamma, temperature = (x.detach() if isinstance(x, torch.Tensor) else x for x in (beta, gamma, temperature))
+    beta, gamma, temperature = map(detached, (beta, gamma, temperature))
     if scale_by_t2:
         beta, gamma = beta * temperature**2, gamma * temperature**2
     return Dist.apply(

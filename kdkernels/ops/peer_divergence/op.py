@@ -12,7 +12,7 @@ from kdkernels.native import View
 from kdkernels.ops import layout
 from kdkernels.ops.library import define, first_order
 from kdkernels.ops.peer_divergence import native, reference
-from kdkernels.ops.scalars import Number, pack
+from kdkernels.ops.scalars import Number, detached, pack
 from kdkernels.ops.scale.op import scaled
 
 
@@ -247,7 +247,7 @@ def peer_divergence(
     else:
         count = 1
     if scale_by_t2:
-        factor = factor * (temperature.detach() if isinstance(temperature, torch.Tensor) else temperature) ** 2
+        factor = factor * detached(temperature) ** 2
     return PeerDivergence.apply(
         layout.flat(labels, torch.int64), layout.flat(weight, torch.float32), pack((temperature, factor)), divisor,
         (count, ignore_index, dim, reduction == "none", stacked, backend), *tensors,

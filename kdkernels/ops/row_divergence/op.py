@@ -20,7 +20,7 @@ from kdkernels.ops.row_divergence.kinds import (
     STATS,
     TEMPERATURE,
 )
-from kdkernels.ops.scalars import Number, pack
+from kdkernels.ops.scalars import Number, detached, pack
 from kdkernels.ops.scale.op import with_gradients
 
 COUNT_KD, COUNT_CE = 1, 2  # which divisors a kernel counts from labels and weights
@@ -371,14 +371,14 @@ def _terms(
 ) -> tuple[torch.Tensor, int]:  # fmt: skip
     """The kernels' scalars, and which divisors they must count."""
     kd_divisor, ce_divisor, count = _divisors(shape, dim, reduction, masked, ce_weight is not None, num_items)
-    kd_factor = _value(kd_weight) / kd_divisor
+    kd_factor = detached(kd_weight) / kd_divisor
     if scale_by_t2:
-        kd_factor = kd_factor * _value(temperature) ** 2
+        kd_factor = kd_factor * detached(temperature) ** 2
     scalars = pack((
         temperature,
         temperature if teacher_temperature is None else teacher_temperature,
         kd_factor,
-        0.0 if ce_weight is None else _value(ce_weight) / ce_divisor,
+        0.0 if ce_weight is None else detached(ce_weight) / ce_divisor,
         label_smoothing,
         p0,
         p1,
@@ -389,10 +389,6 @@ def _terms(
 
 def _per_row(losses: torch.Tensor, student: torch.Tensor, dim: int) -> torch.Tensor:
     return losses.view(student.shape[:dim] + student.shape[dim + 1 :])
-
-
-def _value(x: Number) -> Number:
-    return x.detach() if isinstance(x, torch.Tensor) else x
 
 
 def _learnable(x: Number | None) -> torch.Tensor | None:
