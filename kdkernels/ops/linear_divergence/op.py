@@ -22,7 +22,8 @@ from kdkernels.ops.linear_divergence.heads import (
     view,
 )
 from kdkernels.ops.row_divergence.kinds import STATS, Inputs, Kind
-from kdkernels.ops.row_divergence.op import COUNT_CE, COUNT_KD, _given_divisors, _kernels, _terms
+from kdkernels.ops.row_divergence.op import kernels
+from kdkernels.ops.row_divergence.plan import COUNT_CE, COUNT_KD, given_divisors, terms
 from kdkernels.ops.scalars import Number
 
 _NOBODY: Any = Head(None, None)  # type: ignore[arg-type]
@@ -69,7 +70,7 @@ def _forward(
         z_s, z_t = torch.empty(step, classes, **f32), torch.empty(step, classes, **f32)
         d_s = None if not s.any else z_t if shared else torch.empty_like(z_s)
         d_t = torch.empty_like(z_t) if any(wants[4:]) else None
-        kernel = _kernels(backend)[0]
+        kernel = kernels(backend)[0]
         for start in range(0, rows, step):
             part = slice(start, min(start + step, rows))
             n = part.stop - start
@@ -238,12 +239,12 @@ def linear_divergence(
     # The logits' shape, in the memory of one element.
     scores = student.hidden.new_empty(()).expand(*leading, student.weight.shape[0] + (student.own is not None))
     # As if they were one row_divergence: `count` says which divisors it would have counted.
-    scalars, count = _terms(
+    scalars, count = terms(
         scores.shape, len(leading), reduction, labels is not None or weight is not None, temperature, teacher_temperature,
         kd_weight, ce_weight, scale_by_t2, label_smoothing, p0, p1, num_items,
     )  # fmt: skip
     hard = ce_weight is not None
-    divisors = _given_divisors(num_items, reduction, scores.device)
+    divisors = given_divisors(num_items, reduction, scores.device)
     labels, weight = layout.flat(labels, torch.int64), layout.flat(weight, torch.float32)
     class_weight = layout.flat(class_weight, torch.float32)
     if divisors is not None:

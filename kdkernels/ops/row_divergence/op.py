@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import torch
 
-from kdkernels import backends, checks
+from kdkernels import checks
 from kdkernels.native import View
 from kdkernels.ops import layout
-from kdkernels.ops.library import define, first_order, looked_at
-from kdkernels.ops.plans import remembered
+from kdkernels.ops.library import define, first_order
 from kdkernels.ops.row_divergence import native, reference
-from kdkernels.ops.row_divergence.kinds import (
-    DIVERGENCE,
-    KD_WEIGHT,
-    STATS,
-    TEMPERATURE,
-)
-from kdkernels.ops.scalars import Number, detached, pack
+from kdkernels.ops.row_divergence.kinds import DIVERGENCE, KD_WEIGHT, STATS, TEMPERATURE
+from kdkernels.ops.row_divergence.plan import given_divisors, plan_of
+from kdkernels.ops.scalars import Number
 from kdkernels.ops.scale.op import with_gradients
-
-COUNT_KD, COUNT_CE = 1, 2  # which divisors a kernel counts from labels and weights
 
 
 @functools.cache
-def _kernels(backend: str) -> tuple[Callable[..., None], Callable[..., None]]:
+def kernels(backend: str) -> tuple[Callable[..., None], Callable[..., None]]:
     """(forward, backward) of a backend, with one argument list for all."""
     if backend == "triton":
         from kdkernels.ops.row_divergence import triton
@@ -96,7 +88,7 @@ def _forward(
         used = divisors.contiguous()
     splits = splits or layout.splits(dim, student, teacher, ds, dt)
     s, t, ds_rows, dt_rows = layout.views(splits, student, teacher, ds, dt)
-    _kernels(backend)[0](
+    kernels(backend)[0](
         s, t, labels, weight, class_weight, scalars, used, losses, total, stats, ds_rows, dt_rows, kind,
         inputs, int(hard), count, ignore_index,
     )  # fmt: skip
@@ -141,7 +133,7 @@ def _backward(
     ds, dt = _outputs(student, teacher, want_student, want_teacher)
     d_temperature = saved.new_empty(rows, 2) if want_temperature else None
     s, t, ds_rows, dt_rows = layout.rows(dim, student, teacher, ds, dt)
-    _kernels(backend)[1](
+    kernels(backend)[1](
         s, t, labels, weight, class_weight, scalars, saved[rows, :2] if divided else None,
         View(saved, (rows, STATS), (STATS, 1)), upstream.reshape(-1).contiguous().float(), ds_rows, dt_rows, d_temperature,
         kind, inputs, int(hard), ignore_index,
@@ -277,7 +269,7 @@ def row_divergence(
         masked = labels is not None or weight is not None
     else:
         masked = False
-    plan = _plan(
+    plan = plan_of(
         (student, teacher), operation, what, int(kind), int(inputs), dim, ignore_index, temperature, teacher_temperature,
         kd_weight, ce_weight, scale_by_t2, reduction, masked, label_smoothing, num_items, p0, p1, backend,
     )  # fmt: skip
@@ -301,7 +293,7 @@ def row_divergence(
     want_s, want_t = plan.want_student, plan.want_teacher
     _, inputs, hard, count, _, dim, per_row, _, _, backend = options
     if not plan.plain:
-        divisors = _given_divisors(num_items, reduction, student.device)
+        divisors = given_divisors(num_items, reduction, student.device)
         learned = tuple(_learnable(x) if torch.is_grad_enabled() else None for x in (temperature, teacher_temperature))
     if learned != (None, None) or ((want_s or want_t) and not plan.stores):
         return RowDivergence.apply(
@@ -318,105 +310,9 @@ def row_divergence(
     return with_gradients("row_divergence", backend, total, grads, learners)
 
 
-class Plan(NamedTuple):
-    """What of a call does not depend on the values in its tensors."""
-
-    plain: bool  # no hyper-parameter is a tensor
-    stores: bool  # gradients may be made in the forward pass
-    want_student: bool  # a gradient
-    want_teacher: bool
-    scalars: torch.Tensor
-    options: tuple[Any, ...] | None  # of RowDivergence; None: the reference runs it
-    splits: (
-        layout.Splits | None
-    )  # of the scores and the gradients; None: something looks on, or the plan is for one call
-
-
-@remembered
-def _plan(
-    tensors, operation, what, kind, inputs, dim, ignore_index, temperature, teacher_temperature, kd_weight,
-    ce_weight, scale_by_t2, reduction, masked, label_smoothing, num_items, p0, p1, backend,
-) -> Plan:  # fmt: skip
-    student, teacher = tensors
-    dim = checks.scores(f"student_{what}", student, f"teacher_{what}", teacher, dim)
-    checks.flag("scale_by_t2", scale_by_t2)
-    checks.number("temperature", temperature, low=0, open_low=True, learnable=True, like=student)
-    checks.number(
-        "teacher_temperature", teacher_temperature, low=0, open_low=True, learnable=True, optional=True, like=student
-    )
-    checks.items(num_items, student)
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
-    checks.integer("ignore_index", ignore_index)
-    backend = backends.resolve(operation, (student, teacher), backend)
-    scalars, count = _terms(
-        student.shape, dim, reduction, masked, temperature, teacher_temperature, kd_weight, ce_weight, scale_by_t2,
-        label_smoothing, p0, p1, num_items,
-    )  # fmt: skip
-    options = (
-        kind, inputs, ce_weight is not None, count, ignore_index, dim, reduction == "none", scale_by_t2,
-        teacher_temperature is None, backend,
-    )  # fmt: skip
-    plain = not any(isinstance(x, torch.Tensor) for x in (temperature, teacher_temperature, num_items))
-    wants = [torch.is_grad_enabled() and x.requires_grad for x in (student, teacher)]
-    splits = None
-    if plain and backend != "reference" and not looked_at(student, teacher):
-        splits = layout.splits(dim, student, teacher, *_outputs(student, teacher, *wants))
-    stores = reduction != "none" and torch.float16 not in (student.dtype, teacher.dtype)
-    return Plan(plain, stores, *wants, scalars, None if backend == "reference" else options, splits)
-
-
-def _terms(
-    shape, dim, reduction, masked, temperature, teacher_temperature, kd_weight, ce_weight, scale_by_t2, label_smoothing, p0, p1,
-    num_items,
-) -> tuple[torch.Tensor, int]:  # fmt: skip
-    """The kernels' scalars, and which divisors they must count."""
-    kd_divisor, ce_divisor, count = _divisors(shape, dim, reduction, masked, ce_weight is not None, num_items)
-    kd_factor = detached(kd_weight) / kd_divisor
-    if scale_by_t2:
-        kd_factor = kd_factor * detached(temperature) ** 2
-    scalars = pack((
-        temperature,
-        temperature if teacher_temperature is None else teacher_temperature,
-        kd_factor,
-        0.0 if ce_weight is None else detached(ce_weight) / ce_divisor,
-        label_smoothing,
-        p0,
-        p1,
-        0.0,
-    ))  # fmt: skip
-    return scalars, count
-
-
 def _per_row(losses: torch.Tensor, student: torch.Tensor, dim: int) -> torch.Tensor:
     return losses.view(student.shape[:dim] + student.shape[dim + 1 :])
 
 
 def _learnable(x: Number | None) -> torch.Tensor | None:
     return x if isinstance(x, torch.Tensor) and x.requires_grad else None
-
-
-def _divisors(
-    shape: torch.Size, dim: int, reduction: str, masked: bool, hard: bool, num_items: Number | None
-) -> tuple[float, float, int]:
-    """What the two terms are divided by, where that is known here, and which divisors a kernel must count."""
-    if reduction == "none" or isinstance(num_items, torch.Tensor):
-        return 1.0, 1.0, 0
-    if num_items is not None:
-        return num_items, num_items, 0
-    if reduction == "sum":
-        return 1.0, 1.0, 0
-    if reduction == "batchmean":
-        return max(shape[0], 1), max(shape[0], 1), 0
-    count = COUNT_CE if hard else 0
-    if reduction == "mean":
-        return max(shape.numel(), 1), 1.0, count
-    if masked:
-        return 1.0, 1.0, count | COUNT_KD
-    return max(shape.numel() // shape[dim], 1), 1.0, count
-
-
-def _given_divisors(num_items: Number | None, reduction: str, device: torch.device) -> torch.Tensor | None:
-    """Both divisors where they are a tensor, which nobody here looks at."""
-    if not isinstance(num_items, torch.Tensor) or reduction == "none":
-        return None
-    return num_items.detach().to(device, torch.float32).reshape(1).expand(2)

@@ -1,0 +1,116 @@
+"""What a call of row_divergence comes to before anything looks at a value in its tensors."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from kdkernels import backends, checks
+from kdkernels.ops import layout
+from kdkernels.ops.library import looked_at
+from kdkernels.ops.plans import remembered
+from kdkernels.ops.scalars import Number, detached, pack
+
+COUNT_KD, COUNT_CE = 1, 2  # which divisors a kernel counts from labels and weights
+
+
+class Plan(NamedTuple):
+    """What of a call does not depend on the values in its tensors."""
+
+    plain: bool  # no hyper-parameter is a tensor
+    stores: bool  # gradients may be made in the forward pass
+    want_student: bool  # a gradient
+    want_teacher: bool
+    scalars: torch.Tensor
+    options: tuple[Any, ...] | None  # of RowDivergence; None: the reference runs it
+    splits: (
+        layout.Splits | None
+    )  # of the scores and the gradients; None: something looks on, or the plan is for one call
+
+
+@remembered
+def plan_of(
+    tensors, operation, what, kind, inputs, dim, ignore_index, temperature, teacher_temperature, kd_weight,
+    ce_weight, scale_by_t2, reduction, masked, label_smoothing, num_items, p0, p1, backend,
+) -> Plan:  # fmt: skip
+    student, teacher = tensors
+    dim = checks.scores(f"student_{what}", student, f"teacher_{what}", teacher, dim)
+    checks.flag("scale_by_t2", scale_by_t2)
+    checks.number("temperature", temperature, low=0, open_low=True, learnable=True, like=student)
+    checks.number(
+        "teacher_temperature", teacher_temperature, low=0, open_low=True, learnable=True, optional=True, like=student
+    )
+    checks.items(num_items, student)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    checks.integer("ignore_index", ignore_index)
+    backend = backends.resolve(operation, (student, teacher), backend)
+    scalars, count = terms(
+        student.shape, dim, reduction, masked, temperature, teacher_temperature, kd_weight, ce_weight, scale_by_t2,
+        label_smoothing, p0, p1, num_items,
+    )  # fmt: skip
+    options = (
+        kind, inputs, ce_weight is not None, count, ignore_index, dim, reduction == "none", scale_by_t2,
+        teacher_temperature is None, backend,
+    )  # fmt: skip
+    plain = not any(isinstance(x, torch.Tensor) for x in (temperature, teacher_temperature, num_items))
+    wants = [torch.is_grad_enabled() and x.requires_grad for x in (student, teacher)]
+    splits = None
+    if plain and backend != "reference" and not looked_at(student, teacher):
+        splits = layout.splits(
+            dim,
+            student,
+            teacher,
+            *[torch.empty_like(x, device="meta") if want else None for x, want in zip((student, teacher), wants)],
+        )
+    stores = reduction != "none" and torch.float16 not in (student.dtype, teacher.dtype)
+    return Plan(plain, stores, *wants, scalars, None if backend == "reference" else options, splits)
+
+
+def terms(
+    shape, dim, reduction, masked, temperature, teacher_temperature, kd_weight, ce_weight, scale_by_t2, label_smoothing, p0, p1,
+    num_items,
+) -> tuple[torch.Tensor, int]:  # fmt: skip
+    """The kernels' scalars, and which divisors they must count."""
+    kd_divisor, ce_divisor, count = _divisors(shape, dim, reduction, masked, ce_weight is not None, num_items)
+    kd_factor = detached(kd_weight) / kd_divisor
+    if scale_by_t2:
+        kd_factor = kd_factor * detached(temperature) ** 2
+    scalars = pack((
+        temperature,
+        temperature if teacher_temperature is None else teacher_temperature,
+        kd_factor,
+        0.0 if ce_weight is None else detached(ce_weight) / ce_divisor,
+        label_smoothing,
+        p0,
+        p1,
+        0.0,
+    ))  # fmt: skip
+    return scalars, count
+
+
+def _divisors(
+    shape: torch.Size, dim: int, reduction: str, masked: bool, hard: bool, num_items: Number | None
+) -> tuple[float, float, int]:
+    """What the two terms are divided by, where that is known here, and which divisors a kernel must count."""
+    if reduction == "none" or isinstance(num_items, torch.Tensor):
+        return 1.0, 1.0, 0
+    if num_items is not None:
+        return num_items, num_items, 0
+    if reduction == "sum":
+        return 1.0, 1.0, 0
+    if reduction == "batchmean":
+        return max(shape[0], 1), max(shape[0], 1), 0
+    count = COUNT_CE if hard else 0
+    if reduction == "mean":
+        return max(shape.numel(), 1), 1.0, count
+    if masked:
+        return 1.0, 1.0, count | COUNT_KD
+    return max(shape.numel() // shape[dim], 1), 1.0, count
+
+
+def given_divisors(num_items: Number | None, reduction: str, device: torch.device) -> torch.Tensor | None:
+    """Both divisors where they are a tensor, which nobody here looks at."""
+    if not isinstance(num_items, torch.Tensor) or reduction == "none":
+        return None
+    return num_items.detach().to(device, torch.float32).reshape(1).expand(2)
