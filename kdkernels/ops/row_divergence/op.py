@@ -15,7 +15,7 @@ from kdkernels.ops.row_divergence import native, reference
 from kdkernels.ops.row_divergence.kinds import DIVERGENCE, KD_WEIGHT, STATS, TEMPERATURE
 from kdkernels.ops.row_divergence.plan import given_divisors, plan_of
 from kdkernels.ops.scalars import Number
-from kdkernels.ops.scale.op import with_gradients
+from kdkernels.ops.scale.op import learners, with_gradients
 
 
 @functools.cache
@@ -171,15 +171,13 @@ class RowDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, temperature, teacher_temperature, labels, weight, class_weight, scalars, divisors,
                 options):  # fmt: skip
-        kind, inputs, hard, count, ignore_index, dim, per_row, scale_by_t2, shared_temperature, backend = options
         total, (losses, saved), _ = forward_op(
-            student, teacher, labels, weight, class_weight, scalars, divisors, kind, inputs, hard, count, ignore_index,
-            dim, True, False, False, backend,
+            student, teacher, labels, weight, class_weight, scalars, divisors, *options[:6], True, False, False,
+            options.backend,
         )  # fmt: skip
-        output = _per_row(losses, student, dim) if per_row else total
+        output = _per_row(losses, student, options.dim) if options.per_row else total
         ctx.save_for_backward(output, student, teacher, labels, weight, class_weight, scalars, saved)
-        ctx.options = kind, inputs, hard, count != 0 or divisors is not None, ignore_index, dim
-        ctx.scale_by_t2, ctx.shared_temperature, ctx.backend = scale_by_t2, shared_temperature, backend
+        ctx.options, ctx.divided = options, options.count != 0 or divisors is not None
         ctx.temperature_shapes = [None if x is None else x.shape for x in (temperature, teacher_temperature)]
         return output
 
@@ -187,11 +185,12 @@ class RowDivergence(torch.autograd.Function):
     def backward(ctx, upstream):
         want_s, want_t, want_ts, want_tt = ctx.needs_input_grad[:4]
         output, student, teacher, labels, weight, class_weight, scalars, saved = ctx.saved_tensors
+        kind, inputs, hard, _, ignore_index, dim, backend, *_ = ctx.options
         d_ts = d_tt = None
         with torch.no_grad():
             grads = backward_op(
-                student, teacher, labels, weight, class_weight, scalars, saved, upstream,
-                *ctx.options, want_s, want_t, want_ts or want_tt, ctx.backend,
+                student, teacher, labels, weight, class_weight, scalars, saved, upstream, kind,
+                inputs, hard, ctx.divided, ignore_index, dim, want_s, want_t, want_ts or want_tt, backend,
             )  # fmt: skip
             ds, dt = grads[0] if want_s else None, grads[want_s] if want_t else None
             if want_ts or want_tt:
@@ -207,14 +206,14 @@ def _temperature_gradients(ctx, rows, saved, scalars, weight, upstream):
     scalars = scalars.to(rows.device)
     stats, divisors = saved[:-1], saved[-1, :2]
     d_ts, d_tt = rows.sum(0)
-    if ctx.shared_temperature:
+    if ctx.options.shared_temperature:
         d_ts = d_ts + d_tt
-    if ctx.scale_by_t2:
+    if ctx.options.scale_by_t2:
         value = stats[:, DIVERGENCE] * upstream.reshape(-1).float()
         if weight is not None:
             value = value * weight.reshape(-1).where(stats[:, DIVERGENCE] != 0, 0.0)
         kd = value.sum() * scalars[KD_WEIGHT]
-        if ctx.options[3]:
+        if ctx.divided:
             kd = kd / divisors[0].where(divisors[0] != 0, 1.0)
         d_ts = d_ts + 2.0 * kd / scalars[TEMPERATURE]
     return d_ts, d_tt
@@ -274,11 +273,9 @@ def row_divergence(
         kd_weight, ce_weight, scale_by_t2, reduction, masked, label_smoothing, num_items, p0, p1, backend,
     )  # fmt: skip
     options = plan.options
-    if labels is not None and (
-        options is None or options[-1] != "cpu"
-    ):  # the CPU kernel looks itself, for a tenth of the time
+    if labels is not None and options.backend != "cpu":  # that kernel looks itself, for a tenth of the time
         checks.within("labels", labels, student.shape[dim], ignore_index)
-    if options is None:
+    if options.backend == "reference":
         return reference.row_divergence(
             student, teacher, kind=kind, temperature=temperature, teacher_temperature=teacher_temperature,
             kd_weight=kd_weight, ce_weight=ce_weight, scale_by_t2=scale_by_t2, dim=dim, reduction=reduction,
@@ -290,24 +287,22 @@ def row_divergence(
         class_weight = layout.flat(class_weight, torch.float32)
     divisors = None
     learned = (None, None)  # temperatures
-    want_s, want_t = plan.want_student, plan.want_teacher
-    _, inputs, hard, count, _, dim, per_row, _, _, backend = options
     if not plan.plain:
         divisors = given_divisors(num_items, reduction, student.device)
         learned = tuple(_learnable(x) if torch.is_grad_enabled() else None for x in (temperature, teacher_temperature))
+    want_s, want_t = plan.wants
     if learned != (None, None) or ((want_s or want_t) and not plan.stores):
         return RowDivergence.apply(
             student, teacher, *learned, labels, weight, class_weight, plan.scalars, divisors, options
         )
     run, splits = (forward_op, ()) if plan.splits is None else (_forward, (plan.splits,))
     total, about_rows, grads = run(
-        student, teacher, labels, weight, class_weight, plan.scalars, divisors, int(kind), inputs, hard, count, ignore_index,
-        dim, per_row, want_s, want_t, backend, *splits,
+        student, teacher, labels, weight, class_weight, plan.scalars, divisors, *options[:6], options.per_row, want_s, want_t,
+        options.backend, *splits,
     )  # fmt: skip
     if not grads:
-        return _per_row(about_rows[0], student, dim) if per_row else total
-    learners = (student, teacher) if want_s and want_t else (student if want_s else teacher,)
-    return with_gradients("row_divergence", backend, total, grads, learners)
+        return _per_row(about_rows[0], student, options.dim) if options.per_row else total
+    return with_gradients("row_divergence", options.backend, total, grads, learners((student, teacher), plan.wants))
 
 
 def _per_row(losses: torch.Tensor, student: torch.Tensor, dim: int) -> torch.Tensor:

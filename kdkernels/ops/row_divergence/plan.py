@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -15,18 +15,32 @@ from kdkernels.ops.scalars import Number, detached, pack
 COUNT_KD, COUNT_CE = 1, 2  # which divisors a kernel counts from labels and weights
 
 
+class Options(NamedTuple):
+    """What the operators are told beside tensors, the first six in their order; the last three are autograd's own."""
+
+    kind: int
+    inputs: int
+    hard: bool  # there is a hard-label term
+    count: int  # of COUNT_KD and COUNT_CE
+    ignore_index: int
+    dim: int
+    backend: str
+    per_row: bool
+    scale_by_t2: bool
+    shared_temperature: bool  # the teacher has none of its own
+
+
 class Plan(NamedTuple):
     """What of a call does not depend on the values in its tensors."""
 
+    options: Options
+    scalars: torch.Tensor
     plain: bool  # no hyper-parameter is a tensor
     stores: bool  # gradients may be made in the forward pass
-    want_student: bool  # a gradient
-    want_teacher: bool
-    scalars: torch.Tensor
-    options: tuple[Any, ...] | None  # of RowDivergence; None: the reference runs it
+    wants: tuple[bool, bool]  # gradients of the student and the teacher
     splits: (
         layout.Splits | None
-    )  # of the scores and the gradients; None: something looks on, or the plan is for one call
+    )  # of scores and gradients into rows, for the kernel itself; None: by way of the operator
 
 
 @remembered
@@ -49,22 +63,18 @@ def plan_of(
         student.shape, dim, reduction, masked, temperature, teacher_temperature, kd_weight, ce_weight, scale_by_t2,
         label_smoothing, p0, p1, num_items,
     )  # fmt: skip
-    options = (
-        kind, inputs, ce_weight is not None, count, ignore_index, dim, reduction == "none", scale_by_t2,
-        teacher_temperature is None, backend,
+    options = Options(
+        kind, inputs, ce_weight is not None, count, ignore_index, dim, backend, reduction == "none", scale_by_t2,
+        teacher_temperature is None,
     )  # fmt: skip
     plain = not any(isinstance(x, torch.Tensor) for x in (temperature, teacher_temperature, num_items))
-    wants = [torch.is_grad_enabled() and x.requires_grad for x in (student, teacher)]
+    wants = tuple([torch.is_grad_enabled() and x.requires_grad for x in tensors])
     splits = None
-    if plain and backend != "reference" and not looked_at(student, teacher):
-        splits = layout.splits(
-            dim,
-            student,
-            teacher,
-            *[torch.empty_like(x, device="meta") if want else None for x, want in zip((student, teacher), wants)],
-        )
+    if plain and backend != "reference" and not looked_at(*tensors):
+        grads = [torch.empty_like(x, device="meta") if want else None for x, want in zip(tensors, wants)]
+        splits = layout.splits(dim, *tensors, *grads)
     stores = reduction != "none" and torch.float16 not in (student.dtype, teacher.dtype)
-    return Plan(plain, stores, *wants, scalars, None if backend == "reference" else options, splits)
+    return Plan(options, scalars, plain, stores, wants, splits)
 
 
 def terms(

@@ -78,3 +78,8 @@ def with_gradients(
     """The loss, through which `inputs` get `grads`: dense tensors, which this takes over."""
     layered = looked_at(loss) or torch._C._are_functorch_transforms_active()
     return (StoredGradients.apply if layered else _apply)(operation, backend, (loss, *grads), *inputs)
+
+
+def learners(tensors: Sequence[Any], wanted: Sequence[bool]) -> tuple[torch.Tensor, ...]:
+    """Those whose gradients are wanted: the inputs of `with_gradients`."""
+    return tuple([x for x, want in zip(tensors, wanted) if want])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from kdkernels.ops.library import define, first_order
-from kdkernels.ops.scale.op import with_gradients
+from kdkernels.ops.scale.op import learners, with_gradients
 from kdkernels.ops.weighted_match.maps import as_dense, as_map, plan
-from kdkernels.ops.weighted_match.op import gradients, is_late, learners, one_float
+from kdkernels.ops.weighted_match.op import gradients, is_late, one_float
 from kdkernels.ops.weighted_match.sums import kernels
 
 Outputs = tuple[torch.Tensor, list[torch.Tensor]]
@@ -79,4 +79,4 @@ def context(student: torch.Tensor, teacher: torch.Tensor, scalars: torch.Tensor,
     total, grads = context_op(student, teacher, scalars, None, want_s, want_t, backend)
     if not grads:
         return total
-    return with_gradients("feature_context", backend, total, grads, learners(student, teacher, want_s, want_t))
+    return with_gradients("feature_context", backend, total, grads, learners((student, teacher), (want_s, want_t)))

@@ -13,7 +13,7 @@ import torch
 
 from kdkernels.ops.library import define, first_order
 from kdkernels.ops.scalars import pack
-from kdkernels.ops.scale.op import with_gradients
+from kdkernels.ops.scale.op import learners, with_gradients
 from kdkernels.ops.weighted_match import reference
 from kdkernels.ops.weighted_match.maps import Plan, as_dense, as_line, as_map, is_dense, like, of_channels, plan
 from kdkernels.ops.weighted_match.reference import MEASURES
@@ -158,11 +158,6 @@ def is_late(s: torch.Tensor, t: torch.Tensor, want_s: bool, want_t: bool) -> boo
     return (want_s and s.dtype == HALF) or (want_t and t.dtype == HALF)
 
 
-def learners(s: torch.Tensor, t: torch.Tensor, want_s: bool, want_t: bool) -> tuple[torch.Tensor, ...]:
-    """Those whose gradients are wanted."""
-    return tuple([x for x, want in ((s, want_s), (t, want_t)) if want])
-
-
 def match(
     student: torch.Tensor,
     teacher: torch.Tensor,
@@ -203,11 +198,12 @@ def match(
         student, teacher, *flat, scalars, None, kind, dim, wanted[0] or wanted[2], wanted[1] or wanted[3], want_s, want_t,
         backend,
     )  # fmt: skip
-    of_maps = learners(student, teacher, want_s, want_t)
     if sums:
         grads = [*grads, *_of_sides(sums, flat, scalars, wanted)]
-        of_maps = (*of_maps, *(x for x, want in zip(sides, wanted, strict=True) if want))
-    return with_gradients("feature_match", backend, total, grads, of_maps) if grads else total
+    if not grads:
+        return total
+    inputs = learners((student, teacher, *sides), (want_s, want_t, *wanted))
+    return with_gradients("feature_match", backend, total, grads, inputs)
 
 
 # ---- the distance of two attentions ----
@@ -324,4 +320,4 @@ def attention(
     total, _, grads = attention_op(student, teacher, scalars, exponent, flags, dim, want_s, want_t, backend)
     if not grads:
         return total
-    return with_gradients("feature_attention", backend, total, grads, learners(student, teacher, want_s, want_t))
+    return with_gradients("feature_attention", backend, total, grads, learners((student, teacher), (want_s, want_t)))
