@@ -35,7 +35,7 @@ class Mutant(NamedTuple):
 
 CPU, OP = "csrc/row_divergence/cpu.cpp", "kdkernels/ops/row_divergence/op.py"
 ROW, LANES, BLOCK = (f"csrc/row_divergence/cpu_{part}.h" for part in ("row", "lanes", "block"))
-TRITON = "kdkernels/ops/row_divergence/triton_kernels.py"
+TRITON = "kdkernels/ops/row_divergence/triton_looped.py"
 CUDA, COMMON = "csrc/row_divergence/cuda_row.cuh", "csrc/common/cuda.cuh"
 SOFTMAX = "csrc/common/softmax.h"
 MUTANTS = (

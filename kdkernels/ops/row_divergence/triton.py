@@ -8,8 +8,10 @@ import torch
 import triton
 
 from kdkernels.native import View
-from kdkernels.ops.row_divergence import triton_kernels as kernels
 from kdkernels.ops.row_divergence.kinds import Inputs, Kind
+from kdkernels.ops.row_divergence.triton_counts import count_kernel, sum_kernel
+from kdkernels.ops.row_divergence.triton_looped import backward_kernel, looped_kernel
+from kdkernels.ops.row_divergence.triton_resident import resident_kernel
 from kdkernels.ops.triton_util import on, power
 
 # Longest row that stays in registers with its class axis contiguous, or strided. See README.md for the measurements.
@@ -154,7 +156,7 @@ def forward(
         programs = outer * blocks
         flat = [x for stride in strides for x in stride]
         if resident:
-            kernels.resident_kernel[(programs,)](
+            resident_kernel[(programs,)](
                 s, t, labels, weight, class_weight, pointer, divisors, losses, total if programs == 1 else None,
                 stats, None, ds_, dt_, None, *values, inner, V, 0, *flat, kind, inputs, ignore_index, blocks,
                 count if counted else 0, rows,
@@ -163,7 +165,7 @@ def forward(
             )  # fmt: skip
         else:
             again = ds is not None or dt is not None or not _simple(kind, inputs)
-            kernels.looped_kernel[(programs,)](
+            looped_kernel[(programs,)](
                 s, t, labels, weight, class_weight, pointer, divisors, losses, stats, ds_, dt_, *values, inner, V,
                 *flat, kind, inputs, ignore_index, blocks,
                 R=R, C=C, HARD=bool(hard), SIMPLE=_simple(kind, inputs), OTHERS=others, COLUMNS=strided,
@@ -208,14 +210,14 @@ def backward(
     up = int(upstream.numel() > 1)
     with on(s.device):
         if resident:
-            kernels.resident_kernel[(outer * blocks,)](
+            resident_kernel[(outer * blocks,)](
                 s, t, labels, weight, class_weight, pointer, divisors, None, None, None, upstream, ds_, dt_,
                 temperature_grad, *values, inner, V, up, *flat, kind, inputs, ignore_index, blocks, 0, 0,
                 R=R, C=C, B=BLOCK, HARD=bool(hard), SIMPLE=_simple(kind, inputs), OTHERS=others, COLUMNS=strided,
                 num_warps=warps,
             )  # fmt: skip
             return
-        kernels.backward_kernel[(outer * blocks,)](
+        backward_kernel[(outer * blocks,)](
             s, t, labels, weight, class_weight, pointer, divisors, stats, upstream, ds_, dt_, temperature_grad,
             *values, inner, V, up, *flat, kind, inputs, ignore_index, blocks,
             R=R, C=C, HARD=bool(hard), SIMPLE=_simple(kind, inputs), OTHERS=others, COLUMNS=strided, num_warps=warps,
@@ -237,26 +239,24 @@ def _parts(rows: int) -> int:
 def _count(labels: Any, weight: Any, cw: Any, divisors: Any, rows: int, V: int, ignore_index: int, count: int) -> None:
     parts = _parts(rows)
     if parts == 1:
-        kernels.count_kernel[(1,)](
-            labels, weight, cw, divisors, rows, V, ignore_index, count, BLOCK, B=BLOCK, FINAL=True
-        )
+        count_kernel[(1,)](labels, weight, cw, divisors, rows, V, ignore_index, count, BLOCK, B=BLOCK, FINAL=True)
         return
     partial = divisors.new_empty(2 * parts)
-    kernels.count_kernel[(parts,)](
+    count_kernel[(parts,)](
         labels, weight, cw, partial, rows, V, ignore_index, count, parts * BLOCK, B=BLOCK, FINAL=False
     )
     for bit in (0, 1):
         if count & (1 << bit):
-            kernels.sum_kernel[(1,)](partial[bit * parts :], divisors[bit:], parts, BLOCK, B=BLOCK)
+            sum_kernel[(1,)](partial[bit * parts :], divisors[bit:], parts, BLOCK, B=BLOCK)
 
 
 def _sum(losses: torch.Tensor, total: torch.Tensor, rows: int) -> None:
     parts = _parts(rows)
     if parts > 1:
         partial = losses.new_empty(parts)
-        kernels.sum_kernel[(parts,)](losses, partial, rows, parts * BLOCK, B=BLOCK)
+        sum_kernel[(parts,)](losses, partial, rows, parts * BLOCK, B=BLOCK)
         losses, rows = partial, parts
-    kernels.sum_kernel[(1,)](losses, total, rows, BLOCK, B=BLOCK)
+    sum_kernel[(1,)](losses, total, rows, BLOCK, B=BLOCK)
 
 
 def _compiled(
@@ -277,7 +277,7 @@ def _compiled(
         types["labels"] = "*i64"
     else:
         constexprs["labels"] = None
-    if kernel is kernels.resident_kernel:
+    if kernel is resident_kernel:
         constexprs["upstream"] = None
     types = {n: "constexpr" if n in constexprs else types[n] for n in kernel.arg_names}
     loose = ("kind", "inputs", "ignore_index", "blocks", "count", "rows", "up")
@@ -294,7 +294,7 @@ def _compiled(
 
 def aot_signatures() -> list[dict]:
     """Representative compilations for kdkernels.bench.static."""
-    looped, resident, backward_ = kernels.looped_kernel, kernels.resident_kernel, kernels.backward_kernel
+    looped, resident, backward_ = looped_kernel, resident_kernel, backward_kernel
     long_, short, small = plan(32000, 8192, 8192, False), plan(8192, 8192, 8192, False), plan(100, 64, 64, False)
     half = plan(4096, 8192, 8192, False, False)
     image, wide_image = plan(19, 16384, 8192, True), plan(1000, 16384, 8192, True)

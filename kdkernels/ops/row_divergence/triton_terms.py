@@ -1,4 +1,9 @@
-"""Pieces of the Triton kernels: the divergences' terms, and what is done to one tile or one row."""
+"""Pieces of the Triton kernels: the divergences' terms, and what is done to one tile or one row.
+
+Everything works on tiles [R rows, C classes]. Rows are the `inner` axis, or rows of a matrix merged into it, so that
+one source serves the class axis contiguous and strided: Triton specialises a stride of 1 and takes the layout of the
+tile from it. An optional argument that is None is left out at compile time. The kind is a uniform run-time switch.
+"""
 
 from __future__ import annotations
 
@@ -254,30 +259,6 @@ def load_row(row, inside, labels, weight, class_weight, V, ignore_index, HARD: t
     if HARD and class_weight is not None:
         cwy = tl.load(class_weight + y, mask=inside & (w != 0.0), other=0.0)
     return y.to(tl.int32), cwy, w
-
-
-@triton.jit
-def count_rows(labels, weight, class_weight, first, last, step, V, ignore_index, B: tl.constexpr):
-    """Sums of w and of w * class_weight[label] over the valid rows of [first, last), always in the same order."""
-    n0 = tl.zeros([B], tl.float32)
-    n1 = tl.zeros([B], tl.float32)
-    for r0 in range(first, last, step):
-        r = (r0 + tl.arange(0, B)).to(tl.int64)
-        inside = r < last
-        w = tl.where(inside, 1.0, 0.0)
-        if weight is not None:
-            w = tl.load(weight + r, mask=inside, other=0.0)
-        c = w
-        if labels is not None:
-            y = tl.load(labels + r, mask=inside, other=0)
-            w = tl.where(y == ignore_index, 0.0, w)
-            c = w
-            if class_weight is not None:
-                c = w * tl.load(class_weight + y, mask=inside & (y >= 0) & (y < V), other=0.0)
-                c = tl.where(w == 0.0, 0.0, c)
-        n0 += w
-        n1 += c
-    return tl.sum(n0, 0), tl.sum(n1, 0)
 
 
 @triton.jit
