@@ -29,6 +29,12 @@ def apart(s, t):
     return tl.where(s == t, 0.0, s - t)
 
 
+@triton.jit
+def long(n):
+    """A size in 64 bits. It has no `to` of its own where it is 1: Triton compiles that in as a constant."""
+    return tl.full((), 0, tl.int64) + n
+
+
 def power(n: int) -> int:
     """The least power of two from n on, at least 1: what tiles are."""
     return 1 << max(n - 1, 0).bit_length()

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from kdkernels.ops.gram_match.kinds import Kind, Normalize
 from kdkernels.ops.gram_match.native import splits_of
-from kdkernels.ops.triton_util import INTERPRETED, apart, on, signature
+from kdkernels.ops.triton_util import INTERPRETED, apart, long, on, signature
 
 TILE, DEPTH = 64, 32  # outputs on a side of a tile, products of an output at a time
 GRADIENT_DEPTH = 16  # of the gradient, which has both models' weights to make: deeper ones do not fit the registers
@@ -122,7 +122,7 @@ def lengths_kernel(
 ):  # fmt: skip
     """Of V rows what multiplies them, and what their diagonal gets; of columns what divides them, and whether it counts."""
     at = tl.program_id(0).to(tl.int64) * V + tl.arange(0, V)
-    live = at < samples.to(tl.int64) * vectors
+    live = at < long(samples) * vectors
     base = x + (at // vectors) * sample + (at % vectors) * vector
     square = tl.zeros([V], tl.float32)
     for e0 in range(0, elements, E):
@@ -183,7 +183,7 @@ def product_kernel(
                 total += tl.dot(u.to(tl.float32), v.to(tl.float32), input_precision="ieee")
             else:
                 total += tl.dot(u, v, input_precision="ieee")
-        base = out + (split * samples + b) * rows.to(tl.int64) * columns
+        base = out + (split * samples + b) * long(rows) * columns
         mask = (i < rows)[:, None] & (j < columns)[None, :]
         tl.store(base + i[:, None].to(tl.int64) * columns + j[None, :], total, mask=mask)
         if SYMMETRIC and ti != tj:
@@ -208,7 +208,7 @@ def statistics_kernel(
     """A row's lengths and dots in either model, and its share of the loss."""
     row = tl.program_id(0).to(tl.int64)
     sample = row // rows * rows
-    total = samples.to(tl.int64) * rows
+    total = long(samples) * rows
     lane = tl.arange(0, B)
     sum_s = tl.zeros([B], tl.float32)
     sum_t = tl.zeros([B], tl.float32)
@@ -393,7 +393,7 @@ def columns_kernel(
 ):  # fmt: skip
     """Gradients of V normalised columns become those of the columns, in place."""
     at = tl.program_id(0).to(tl.int64) * V + tl.arange(0, V)
-    live = at < samples.to(tl.int64) * features
+    live = at < long(samples) * features
     length = tl.broadcast_to(tl.load(lengths + at, mask=live, other=1.0)[:, None], [V, E])
     from_x = x + (at // features) * x_sample + (at % features) * x_column
     to = dx + (at // features) * dx_sample + (at % features) * dx_column

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kdkernels.ops.triton_util import on, signature
+from kdkernels.ops.triton_util import long, on, signature
 
 BLOCK = 16  # vertices at a time
 TILE = 16  # pairs on a side of a program's tile
@@ -38,7 +38,7 @@ def start_kernel(costs, d, n, B: tl.constexpr):
     """The costs in float64, without edges from a vertex to itself."""
     graph = tl.program_id(1).to(tl.int64) * n * n
     at = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
-    inside = at < n.to(tl.int64) * n
+    inside = at < long(n) * n
     cost = tl.load(costs + graph + at, mask=inside, other=0.0).to(tl.float64)
     tl.store(d + graph + at, tl.where(at % (n + 1) == 0, 1e30, cost), mask=inside)
 
@@ -109,7 +109,7 @@ def arrival_kernel(d, log_visits, n, B: tl.constexpr):
     """From all walks to those until the first arrival."""
     graph = tl.program_id(1).to(tl.int64) * n
     at = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
-    inside = at < n.to(tl.int64) * n
+    inside = at < long(n) * n
     x = tl.load(d + graph * n + at, mask=inside, other=0.0)
     x += tl.load(log_visits + graph + at % n, mask=inside, other=0.0)
     tl.store(d + graph * n + at, tl.where(at % (n + 1) == 0, 0.0, x), mask=inside)

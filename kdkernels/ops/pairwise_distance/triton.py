@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kdkernels.ops.triton_util import apart, cast, on, signature
+from kdkernels.ops.triton_util import apart, cast, long, on, signature
 
 TILE, FEATURES = 32, 16  # samples on a side of a tile of pairs, features at a time
 STRIP, PARTNERS, WIDTH = 16, 16, 64  # samples, partners and features of a tile of the gradient
@@ -86,7 +86,7 @@ def _distance(d2, eps, SQUARED: tl.constexpr):
 def _pairs(student, teacher, mask, n, B: tl.constexpr):
     """Offsets of a program's pairs, whether they count, their weight, and both squared distances."""
     at = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
-    inside = at < n.to(tl.int64) * n
+    inside = at < long(n) * n
     live = inside & (at // n != at % n)
     w = tl.where(live, 1.0, 0.0)
     if mask is not None:
