@@ -14,9 +14,11 @@ import torch
 from targets import GPU
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import kdkernels
-from kdkernels import distillation_loss, kl_div
+from kdkernels import backends, distillation_loss, kl_div
+from kdkernels.ops.registry import Case, Spec, specs
 from kdkernels.ops.row_divergence.op import RowDivergence
 from kdkernels.ops.scale.op import StoredGradients
 
@@ -122,7 +124,7 @@ def test_the_scan_sees_what_it_looks_for() -> None:
 
 
 class Watch(TorchDispatchMode):
-    """Fails on every operator that brings a value, or a tensor, from a GPU to the host."""
+    """Fails on every operator that brings a value, or a tensor, from a GPU to the host, or a tensor there."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,7 +133,7 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
         self.seen.append(name)
-        on_gpu = any(isinstance(a, torch.Tensor) and a.device.type == "cuda" for a in args)
+        on_gpu = any(isinstance(a, torch.Tensor) and a.device.type == "cuda" for a in tree_leaves((args, kwargs)))
         if on_gpu and any(
             word in name for word in ("_local_scalar_dense", "nonzero", "is_nonzero", "unique", "masked_select")
         ):
@@ -140,6 +142,8 @@ class Watch(TorchDispatchMode):
         if on_gpu and name.startswith(("aten._to_copy", "aten.copy_")):
             outs = out if isinstance(out, tuple) else (out,)
             assert all(o.device.type == "cuda" for o in outs), f"{name} brings a GPU tensor to the host"
+        elif name.startswith("aten._to_copy"):
+            assert out.device.type != "cuda", f"{name} brings a tensor of the host to a GPU, and waits for it"
         return out
 
 
@@ -215,6 +219,48 @@ def test_traced_on_fake_gpu_tensors(name: str, dtype: torch.dtype, monkeypatch: 
                 pytest.skip("install a CUDA build of torch, which indexes fake GPU tensors without a GPU too")
     assert any("row_divergence_forward" in n for n in watch.seen)
     assert any("row_divergence_backward" in n or "scale_" in n for n in watch.seen)
+
+
+# linear_*'s compact=True is one wait, as its docstring says.
+CASES = [(spec, case) for spec in specs() for case in spec.cases if not case.options.get("compact")]
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="install a CUDA build of torch, which needs no GPU for it")
+@pytest.mark.parametrize("spec, case", CASES if torch.version.cuda else CASES[:1], ids=lambda x: getattr(x, "name", ""))
+def test_every_loss_on_fake_gpu_tensors(spec: Spec, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On its way to the kernels, which are not run, no loss waits, and none leaves a tensor on the CPU."""
+    monkeypatch.setattr(backends, "_unavailable", lambda backend, device: None)
+    given = case.make(case.shapes[len(case.shapes) // 2], torch.Generator().manual_seed(0))
+    for backend in {"cuda", "triton"} & set(spec.backends):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            inputs = {n: torch.empty_like(x, device="cuda") for n, x in given.items()}
+            for name in case.grads:
+                inputs[name] = inputs[name].to(spec.dtypes[-1]).requires_grad_()
+            with Watch():
+                loss = case.function(**inputs, **case.options, backend=backend)
+        assert loss.device.type == "cuda"
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("spec, case", CASES if GPU else CASES[:1], ids=lambda x: getattr(x, "name", ""))
+def test_every_loss_on_a_gpu(spec: Spec, case: Case, dtype: torch.dtype) -> None:
+    given = case.make(case.shapes[len(case.shapes) // 2], torch.Generator().manual_seed(0))
+    inputs = {n: x.cuda().to(dtype).requires_grad_() if n in case.grads else x.cuda() for n, x in given.items()}
+    wanted = [inputs[n] for n in case.grads]
+
+    def step(backend: str) -> None:
+        loss = case.function(**inputs, **case.options, backend=backend)
+        torch.autograd.grad(loss, wanted, torch.full_like(loss, 0.5), allow_unused=True)
+
+    for backend in {"cuda", "triton"} & set(spec.backends):
+        step(backend)  # compiles, loads
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(backend)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")

@@ -396,7 +396,8 @@ def _nce(
             if samples is not None:
                 mass, rows = samples.total(mass), samples.whole
             z = mass / max(rows * indices.shape[1], 1) * n
-    log_z = torch.as_tensor(z, dtype=x.dtype, device=x.device).detach().log()
+    # Filled there: a number that is copied to a GPU makes the host wait for it.
+    log_z = (z.detach().to(x) if isinstance(z, torch.Tensor) else x.new_full((), z)).log()
     noise = k / n
     log_c = torch.as_tensor(noise + eps, dtype=x.dtype).log()
     of_positive = -torch.nn.functional.logsigmoid(positive - log_z - log_c).squeeze(1)

@@ -105,7 +105,11 @@ def _scale(
         height, width = image_size
         checks.plain_number("image_size[0]", height, low=0, open_low=True)
         checks.plain_number("image_size[1]", width, low=0, open_low=True)
-        return torch.tensor([size[1] / width, size[0] / height] * 2, dtype=torch.float64).reshape(1, 1, 4).to(device)
+        # Filled there: numbers that are copied to a GPU make the host wait for it.
+        x, y = (
+            torch.full((1, 1, 1), n, dtype=torch.float64, device=device) for n in (size[1] / width, size[0] / height)
+        )
+        return torch.cat([x, y, x, y], 2)
     if tuple(image_size.shape) not in ((2,), (batch, 2)):
         raise ValueError(f"image_size must be (height, width) or ({batch}, 2) of them, got {tuple(image_size.shape)}")
     if image_size.is_complex() or image_size.dtype == torch.bool:
@@ -115,8 +119,8 @@ def _scale(
     if image_size.device.type not in ("cpu", device.type):
         raise ValueError(f"image_size must be on {device} with the features, got {image_size.device}")
     own = image_size.to(device, torch.float32).reshape(-1, 2)
-    factors = torch.tensor([size[1], size[0]], device=device) / own.flip(1)
-    return torch.cat([factors, factors], 1).unsqueeze(1)
+    factors = [torch.full_like(n, by) / n for n, by in zip(own.flip(1).split(1, 1), (size[1], size[0]))]
+    return torch.cat([*factors, *factors], 1).unsqueeze(1)
 
 
 class GlobalContext(nn.Module):

@@ -72,7 +72,8 @@ def divergence(
 ) -> torch.Tensor:
     """The divergence of each row: a and b are log-probabilities (..., V) of student and teacher."""
     ps, pt = a.exp(), b.exp()
-    share = torch.as_tensor(p0, dtype=a.dtype, device=a.device)
+    # Filled there: a number that is copied to a GPU makes the host wait for it.
+    share = p0.to(a) if isinstance(p0, torch.Tensor) else torch.full((), p0, dtype=a.dtype, device=a.device)
     value = float(p0)  # the reference may look at values; only kernels must not
     if kind == Kind.JSD and value in (0.0, 1.0):
         kind = Kind.FORWARD_KL if value == 0 else Kind.REVERSE_KL
