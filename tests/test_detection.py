@@ -12,7 +12,7 @@ from targets import Target
 from torch import nn
 
 import kdkernels as kd
-from kdkernels.losses.detection import box_masks, giou, padded_boxes
+from kdkernels.losses.boxes import box_masks, giou, padded_boxes
 from kdkernels.ops.weighted_match.spec import eager_fgd, eager_pearson, eager_variational
 
 F64 = torch.float64

@@ -10,117 +10,13 @@ from torch import nn
 
 from kdkernels import backends, checks
 from kdkernels.features.capture import unwrapped
+from kdkernels.losses.boxes import Boxes, box_masks, giou, map_scale, padded_boxes
 from kdkernels.losses.features import SUPPORTED, adapted, as_wide, checked, hint_loss
 from kdkernels.losses.logits import kl_div
 from kdkernels.losses.module import LossModule
 from kdkernels.ops.scalars import Number
 from kdkernels.ops.weighted_match import op, sums
 from kdkernels.typed import typed
-
-BOXES_AT_ONCE = 8  # of an image, while they are drawn: a map of its size for each
-Boxes = torch.Tensor | Sequence[torch.Tensor]
-
-
-def padded_boxes(
-    boxes: Boxes, batch: int, device: torch.device, dtype: torch.dtype = torch.float32
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Boxes of every image as (N, M, 4), and which of them are there, (N, M)."""
-    if isinstance(boxes, torch.Tensor):
-        checks.dense("boxes", boxes)
-        if boxes.is_complex():
-            raise TypeError("boxes must be real numbers, got complex ones")
-        if boxes.dim() != 3 or boxes.shape[0] != batch or boxes.shape[2] != 4:
-            raise ValueError(f"boxes must be (N, M, 4) with N = {batch}, or a list of (m, 4); got {tuple(boxes.shape)}")
-        if boxes.device != device:
-            raise ValueError(f"boxes must be on {device} with the features, got {boxes.device}")
-        boxes = boxes.to(dtype)
-        # Rows that are no box, with a side below 0 or NaN, are padding.
-        return boxes, (boxes[..., 2] >= boxes[..., 0]) & (boxes[..., 3] >= boxes[..., 1])
-    if not isinstance(boxes, (list, tuple)):
-        raise TypeError(f"boxes must be (N, M, 4) or a list of (m, 4), got {type(boxes).__name__}")
-    if len(boxes) != batch:
-        raise ValueError(f"boxes must have one entry an image, {batch}; got {len(boxes)}")
-    for i, one in enumerate(boxes):
-        if not isinstance(one, torch.Tensor):
-            raise TypeError(f"boxes[{i}] must be a tensor (m, 4), got {type(one).__name__}")
-        if one.numel() and (one.dim() != 2 or one.shape[1] != 4):
-            raise ValueError(f"boxes[{i}] must be (m, 4), got {tuple(one.shape)}")
-        if one.device != device:
-            raise ValueError(f"boxes[{i}] must be on {device} with the features, got {one.device}")
-    most = max((one.shape[0] for one in boxes if one.numel()), default=0)
-    rows = [
-        F.pad(one.to(dtype).reshape(-1, 4), (0, 0, 0, most - one.numel() // 4), value=-1.0)
-        if most
-        else one.new_empty(0, 4)
-        for one in boxes
-    ]
-    stacked = torch.stack(rows).to(dtype) if rows else torch.empty(0, 0, 4, device=device)
-    counts = [one.numel() // 4 for one in boxes]
-    known = torch.arange(most, device=device) < torch.tensor(counts, device=device).reshape(-1, 1)
-    return stacked, known & (stacked[..., 2] >= stacked[..., 0]) & (stacked[..., 3] >= stacked[..., 1])
-
-
-def box_masks(
-    boxes: torch.Tensor, known: torch.Tensor, size: tuple[int, int], scale: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """FGD's masks of the foreground and the background, (N, H, W) each.
-
-    A box covers the pixels from its floored to its ceiled corners, both included, and counts 1 / (its height x width in
-    those) there; where boxes overlap the smallest counts. The background is 1 over its number of pixels. All of it stays
-    on the device, whatever the number of boxes.
-
-    Args:
-        boxes: (N, M, 4), x1, y1, x2, y2.
-        known: (N, M), which are there.
-        size: (H, W) of the map.
-        scale: what corners are multiplied by, (N or 1, 1, 4), or None.
-    """
-    height, width = size
-    corners = boxes if scale is None else boxes * scale.to(boxes.dtype)
-    low, high = corners[..., :2].floor(), corners[..., 2:].ceil()
-    sides = (high - low + 1).clamp_min(1)
-    weight = (1.0 / (sides[..., 0] * sides[..., 1])).where(known, 0.0)
-    x, y = torch.arange(width, device=boxes.device), torch.arange(height, device=boxes.device)
-    across = (x >= low[..., :1]) & (x <= high[..., :1])  # (N, M, W)
-    down = ((y >= low[..., 1:]) & (y <= high[..., 1:])) * weight.unsqueeze(2)  # (N, M, H)
-    front = boxes.new_zeros(boxes.shape[0], height, width)
-    for at in range(0, boxes.shape[1], BOXES_AT_ONCE):
-        some = slice(at, at + BOXES_AT_ONCE)
-        front = torch.maximum(front, (down[:, some, :, None] * across[:, some, None, :]).amax(1))
-    back = (front <= 0).to(front)
-    return front, back / back.sum((1, 2), keepdim=True).clamp_min(1.0)
-
-
-def _scale(
-    image_size: torch.Tensor | Sequence[int] | None, size: tuple[int, int], batch: int, device: torch.device
-) -> torch.Tensor | None:
-    """What brings boxes from an image's coordinates to the map's."""
-    if image_size is None:
-        return None
-    if not isinstance(image_size, torch.Tensor):
-        if not isinstance(image_size, (list, tuple)):
-            raise TypeError(f"image_size must be (height, width) or a tensor, got {type(image_size).__name__}")
-        if len(image_size) != 2:
-            raise ValueError(f"image_size must be (height, width), got {tuple(image_size)}")
-        height, width = image_size
-        checks.plain_number("image_size[0]", height, low=0, open_low=True)
-        checks.plain_number("image_size[1]", width, low=0, open_low=True)
-        # Filled there: numbers that are copied to a GPU make the host wait for it.
-        x, y = (
-            torch.full((1, 1, 1), n, dtype=torch.float64, device=device) for n in (size[1] / width, size[0] / height)
-        )
-        return torch.cat([x, y, x, y], 2)
-    if tuple(image_size.shape) not in ((2,), (batch, 2)):
-        raise ValueError(f"image_size must be (height, width) or ({batch}, 2) of them, got {tuple(image_size.shape)}")
-    if image_size.is_complex() or image_size.dtype == torch.bool:
-        raise TypeError(f"image_size must be real numbers, got {image_size.dtype}")
-    checks.positive("image_size", image_size)
-    checks.dense("image_size", image_size)
-    if image_size.device.type not in ("cpu", device.type):
-        raise ValueError(f"image_size must be on {device} with the features, got {image_size.device}")
-    own = image_size.to(device, torch.float32).reshape(-1, 2)
-    factors = [torch.full_like(n, by) / n for n, by in zip(own.flip(1).split(1, 1), (size[1], size[0]))]
-    return torch.cat([*factors, *factors], 1).unsqueeze(1)
 
 
 class GlobalContext(nn.Module):
@@ -243,7 +139,7 @@ def fgd_loss(
     (s,) = as_wide(s)  # several terms' gradients meet in it, and are rounded once
     batch, size = s.shape[0], (s.shape[2], s.shape[3])
     drawn, known = padded_boxes(boxes, batch, s.device, s.dtype)
-    scale = _scale(image_size, size, batch, s.device)
+    scale = map_scale(image_size, size, batch, s.device)
     share = 1.0 / max(batch, 1)
 
     pixels_s, channels_s = _attention(s, temperature, backend)
@@ -258,19 +154,6 @@ def fgd_loss(
         weight, outer = (global_weight, 1.0) if not isinstance(global_weight, torch.Tensor) else (1.0, global_weight)
         loss = loss + outer * op.match(s, t, channel_offset=added, factor=weight * share, backend=backend)
     return loss
-
-
-def giou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Generalised intersection over union of boxes (..., 4), x1, y1, x2, y2: between -1 and 1; 1 for two equal ones."""
-
-    def area(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-        return (high - low).clamp_min(0).prod(-1)
-
-    shared = area(torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:]))
-    hull = area(torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:]))
-    union = area(a[..., :2], a[..., 2:]) + area(b[..., :2], b[..., 2:]) - shared
-    # A box without area has no part in a ratio: 0 rather than 0 / 0.
-    return shared / union.where(union > 0, 1.0) - (hull - union) / hull.where(hull > 0, 1.0)
 
 
 def detection_distillation_loss(
