@@ -1,17 +1,7 @@
-"""How far a kernel may be from the truth, and how it is measured. The bar:
-
-    err(kernel) <= 2 * err(fp32 eager) + one rounding of the output dtype
-
-The truth is the reference in float64 on the very values that the kernel was given; "fp32 eager" is the
-reference in float32 on those values. Two measures, and a result must pass both, tensor by tensor:
+"""Whether a result meets the bar of kdkernels.bench.accuracy. Two measures, and it must pass both, tensor by tensor:
 
 - normwise: the 2-norm of the whole error. A small bias everywhere fails here.
 - elementwise: the largest error of one element. One wrong element fails here.
-
-`err(fp32 eager)` is the largest over the inputs at hand and some draws of their like, since the error
-of a few scalars can be next to nothing by luck and would then condemn a kernel that is as good. A
-rounding is the output's unit roundoff times the exact value, elementwise (half the least subnormal
-near zero).
 """
 
 from __future__ import annotations
@@ -20,13 +10,7 @@ import dataclasses
 
 import torch
 
-ROUNDOFF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
-SUBNORMAL = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133, torch.float32: 2.0**-149, torch.float64: 0.0}
-
-
-def rounding(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The largest error that rounding each element to `dtype` can make."""
-    return (ROUNDOFF[dtype] * exact.abs()).clamp(min=SUBNORMAL[dtype] / 2)
+from kdkernels.bench.accuracy import FACTOR, rounding, same_special
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,21 +37,21 @@ def assert_accurate(got: torch.Tensor, exact: torch.Tensor, level: Level, what: 
     """
     got_dtype, got, exact = got.dtype, got.detach().double().cpu(), exact.detach().double().cpu()
     assert got.shape == exact.shape, f"{what}: shape {tuple(got.shape)} instead of {tuple(exact.shape)}"
-    finite = exact.isfinite()
-    same = torch.where(finite, got.isfinite(), (got == exact) | (got.isnan() & exact.isnan()))
+    same = same_special(got, exact)
     if not same.all():
         at = tuple((~same).nonzero()[0].tolist())
         raise AssertionError(
             f"{what}: {float(got[at])} at {at} instead of {float(exact[at])}, and {int((~same).sum())} in all"
         )
+    finite = exact.isfinite()
     exact, got = exact.where(finite, 0.0), got.where(finite, 0.0)
     error, ulp = (got - exact).abs(), rounding(exact, got_dtype)
 
-    norm, bar = float(error.norm()), 2 * level.norm + float(ulp.norm())
+    norm, bar = float(error.norm()), FACTOR * level.norm + float(ulp.norm())
     assert norm <= bar, (
         f"{what}: the error's norm is {norm:.3g}; the bar is {bar:.3g}, of which fp32 eager's own error is {level.norm:.3g}"
     )
-    excess = error - (2 * level.element + ulp)
+    excess = error - (FACTOR * level.element + ulp)
     if excess.numel() and float(excess.amax()) > 0:
         at = _unravel(int(excess.argmax()), excess.shape)
         raise AssertionError(
