@@ -1,8 +1,8 @@
 // The pybind11 module kdkernels._C: it hands every registered entry point to Python and nothing
 // else. An argument is None, a number, a tensor, or a tuple (tensor, shape, stride) that sees the
 // tensor otherwise, from its own first element. No version of torch is built against: a tensor is
-// read through DLPack's exchange table where its type has one (torch 2.10 and later), else by its
-// Python attributes, which takes longer than some kernels.
+// read through DLPack's exchange table where its type has one, else by its Python attributes, which
+// takes longer than some kernels.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>

@@ -271,14 +271,6 @@ template <typename T>
 __device__ inline void store_vec_streaming(T* p, const Vec<T>& v) {
   __stcs(reinterpret_cast<uint4*>(p), detail::as_bits(v));
 }
-template <typename T>
-__device__ inline T load_streaming(const T* p) {
-  return __ldcs(p);
-}
-template <typename T>
-__device__ inline void store_streaming(T* p, T x) {
-  __stcs(p, x);
-}
 
 // ---------------------------------------------------------------------------- exp2 and log2
 
@@ -377,10 +369,6 @@ __device__ inline T warp_reduce(T value, Op op) {
 template <typename T>
 __device__ inline T warp_sum(T value) {
   return warp_reduce(value, Sum{});
-}
-template <typename T>
-__device__ inline T warp_max(T value) {
-  return warp_reduce(value, Max{});
 }
 
 // Every thread of a one-dimensional block of kThreads gets `op` over the block, always combined in
