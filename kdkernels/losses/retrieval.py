@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from kdkernels import backends, checks
 from kdkernels.losses.features import EPS, SUPPORTED, as_wide, checked, inverse_norms, normalized
@@ -177,10 +176,8 @@ def margin_mse_loss(
         s_wrong, t_wrong = student_negative.reshape(1, rows, -1), teacher_negative.reshape(1, rows, -1)
         return op.match(t_wrong, s_wrong, channel_offset=apart, factor=factor, backend=backend)
     s_right, s_wrong, t_right, t_wrong = as_wide(*scores)
-    margin_s, margin_t = s_right - s_wrong, t_right - t_wrong
-    if margin_s.shape != margin_t.shape:
-        margin_s, margin_t = torch.broadcast_tensors(margin_s, margin_t)
-    each = F.mse_loss(margin_s, margin_t, reduction="none")
+    apart = (s_wrong - t_wrong) - (s_right - t_right)
+    each = apart * apart
     if reduction == "none" or each.dim() < 2 or each.numel() <= sums.AT_ONCE:
         return _reduce(each, reduction)
     total = sums.ordered_sum(each.sum(-1))  # no row is shared among threads, whose number would show in the sum

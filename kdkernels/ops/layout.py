@@ -12,7 +12,7 @@ import torch
 from kdkernels.native import View
 
 
-def _collapse(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, int] | None:
+def collapse(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, int] | None:
     """(size, stride) of one dimension that walks these dimensions in order, or None."""
     size, step = 1, 0
     for n, s in zip(reversed(shape), reversed(stride)):
@@ -33,7 +33,7 @@ def _split(
     """Shape and stride of (outer, classes, inner), the first k row dimensions in outer; None where strides forbid it."""
     rows, steps = list(shape), list(stride)
     classes, class_stride = rows.pop(dim), steps.pop(dim)
-    outer, inner = _collapse(rows[:k], steps[:k]), _collapse(rows[k:], steps[k:])
+    outer, inner = collapse(rows[:k], steps[:k]), collapse(rows[k:], steps[k:])
     if outer is None or inner is None:
         return None
     return (outer[0], classes, inner[0]), (outer[1], class_stride, inner[1])

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from kdkernels.native import View
-from kdkernels.ops.layout import _collapse
+from kdkernels.ops.layout import collapse
 
 
 class Plan(NamedTuple):
@@ -22,7 +22,8 @@ class Plan(NamedTuple):
         shape, stride: the map.
         readable: whether that is the tensor as it lies; a copy is to be made else.
         dense: strides of a tensor of the same shape that lies as the map does, without holes.
-        whole: whether the tensor itself lies so.
+        whole: whether the map has no holes.
+        line: shape and stride of a map without holes as a single long row, for where nothing tells its rows apart.
     """
 
     channels_last: bool
@@ -31,11 +32,12 @@ class Plan(NamedTuple):
     readable: bool
     dense: tuple[int, ...]
     whole: bool
+    line: tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def _plan(shape: tuple[int, ...], stride: tuple[int, ...], dim: int, channels_last: bool | None) -> Plan:
     axes = [d for d in range(1, len(shape)) if d != dim]
-    found = _collapse([shape[d] for d in axes], [stride[d] for d in axes])
+    found = collapse([shape[d] for d in axes], [stride[d] for d in axes])
     batch, channels, pixels = shape[0], shape[dim], 1
     for d in axes:
         pixels *= shape[d]
@@ -50,13 +52,12 @@ def _plan(shape: tuple[int, ...], stride: tuple[int, ...], dim: int, channels_la
     for d in reversed([0, *axes, dim] if channels_last else [0, dim, *axes]):
         dense[d] = size
         size *= shape[d]
-    readable = found is not None and not (by_lane != 1 and lanes != 1)
-    whole = all(a == b or n == 1 for a, b, n in zip(stride, dense, shape))
-    if whole:
-        map_stride = (rows * lanes, lanes, 1)
-    else:
-        map_stride = (stride[0], by_row, 1)
-    return Plan(channels_last, (batch, rows, lanes), map_stride, readable or whole, tuple(dense), whole)
+    lies_so = all(a == b or n == 1 for a, b, n in zip(stride, dense, shape))
+    readable = lies_so or (found is not None and not (by_lane != 1 and lanes != 1))
+    whole = lies_so or not readable  # a copy is
+    map_stride = (rows * lanes, lanes, 1) if whole else (stride[0], by_row, 1)
+    line = (1, 1, size), (size, size, 1)
+    return Plan(channels_last, (batch, rows, lanes), map_stride, readable, tuple(dense), whole, line)
 
 
 _cached = functools.lru_cache(maxsize=4096)(_plan)
@@ -73,29 +74,20 @@ def plan(x: torch.Tensor, dim: int, channels_last: bool | None = None) -> Plan:
     return _cached(x.shape, x.stride(), dim, channels_last)
 
 
+def readable(x: torch.Tensor, by: Plan) -> torch.Tensor:
+    """x, copied only where it does not lie as a map."""
+    return x if by.readable else like(x, by).copy_(x)
+
+
 def as_map(x: torch.Tensor, by: Plan) -> View:
-    """x as the map of its plan, copied only where it does not lie as one."""
-    if by.readable:
-        return View(x, by.shape, by.stride)
-    copy = torch.empty_strided(x.shape, by.dense, dtype=x.dtype, device=x.device).copy_(x)
-    return as_dense(copy, by)
+    """x as the map of its plan."""
+    return View(readable(x, by), by.shape, by.stride)
 
 
 def as_dense(x: torch.Tensor, by: Plan) -> View:
     """What lies as `like` makes it, as the map."""
     _, rows, lanes = by.shape
     return View(x, by.shape, (rows * lanes, lanes, 1))
-
-
-def is_dense(x: View) -> bool:
-    _, rows, lanes = x.shape
-    return x.stride == (rows * lanes, lanes, 1)
-
-
-def as_line(x: View) -> View:
-    """A dense map as a single long row, for where nothing tells its rows apart."""
-    n = x.shape[0] * x.shape[1] * x.shape[2]
-    return View(x.tensor, (1, 1, n), (n, n, 1))
 
 
 def like(x: torch.Tensor, by: Plan) -> torch.Tensor:

@@ -11,15 +11,17 @@ from collections.abc import Sequence
 
 import torch
 
+from kdkernels.native import View
 from kdkernels.ops.library import define, first_order
 from kdkernels.ops.scalars import pack
 from kdkernels.ops.scale.op import learners, with_gradients
 from kdkernels.ops.weighted_match import reference
-from kdkernels.ops.weighted_match.maps import Plan, as_dense, as_line, as_map, is_dense, like, of_channels, plan
+from kdkernels.ops.weighted_match.maps import Plan, as_dense, as_map, like, of_channels, plan, readable
 from kdkernels.ops.weighted_match.reference import MEASURES
 from kdkernels.ops.weighted_match.sums import exponent_of, kernels, power_gradient_op, small
 
 HALF = torch.float16
+ALIKE = None, None, None, None  # no weights, no offsets
 Outputs = tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]
 
 
@@ -52,14 +54,19 @@ def _match(
             x.zero_()
         return outputs
     sides = channel_weight, pixel_weight, channel_offset, pixel_offset
+    if sides == ALIKE and not of_sides and by_s.whole and by_t.whole:
+        maps = [View(x, *by_s.line) for x in (readable(s, by_s), readable(t, by_t), *grads)]
+        d_x, d_y = maps[2] if want_student else None, maps[-1] if want_teacher else None
+        kernels(backend)(
+            backend, "feature_match", maps[0], maps[1], *sides, scalars, upstream, total, None, None, d_x, d_y, measure
+        )
+        return outputs
     x, y = as_map(s, by_s), as_map(t, by_t)
     d_x, d_y = as_dense(grads[0], by_s) if want_student else None, as_dense(grads[-1], by_t) if want_teacher else None
     rows, lanes = of_sides[0] if channel_sums else None, of_sides[-1] if pixel_sums else None
     if by_s.channels_last:
         sides = pixel_weight, channel_weight, pixel_offset, channel_offset
         rows, lanes = lanes, rows
-    if sides == (None, None, None, None) and rows is None and lanes is None and is_dense(x) and is_dense(y):
-        x, y, d_x, d_y = (None if v is None else as_line(v) for v in (x, y, d_x, d_y))
     kernels(backend)(backend, "feature_match", x, y, *sides, scalars, upstream, total, rows, lanes, d_x, d_y, measure)
     return outputs
 
@@ -190,10 +197,12 @@ def match(
     scalars, kind = pack((beta, factor)), MEASURES.index(measure)
     learns = torch.is_grad_enabled()
     want_s, want_t = learns and student.requires_grad, learns and teacher.requires_grad
-    wanted = [learns and x is not None and x.requires_grad for x in sides]
     if is_late(student, teacher, want_s, want_t):
         return LateMatch.apply(student, teacher, *sides, scalars, (kind, dim, backend))
-    flat = tuple(map(small, sides))
+    flat, wanted = sides, (False, False, False, False)
+    if sides != ALIKE:
+        flat = tuple(map(small, sides))
+        wanted = tuple([learns and x is not None and x.requires_grad for x in sides])
     total, sums, grads = match_op(
         student, teacher, *flat, scalars, None, kind, dim, wanted[0] or wanted[2], wanted[1] or wanted[3], want_s, want_t,
         backend,

@@ -40,7 +40,8 @@ AT_ONCE = 16384  # torch shares a single sum among threads from twice that on, b
 
 def ordered_sum(x: torch.Tensor) -> torch.Tensor:
     """The sum of all elements, added in one order whatever the number of threads."""
-    x = x.reshape(-1)
+    if x.numel() > AT_ONCE:
+        x = x.reshape(-1)
     while x.numel() > AT_ONCE:
         x = F.pad(x, (0, -x.numel() % 1024)).view(-1, 1024).sum(1)
     return x.sum()
