@@ -291,7 +291,8 @@ def row_divergence(
         divisors = given_divisors(num_items, reduction, student.device)
         learned = tuple(_learnable(x) if torch.is_grad_enabled() else None for x in (temperature, teacher_temperature))
     want_s, want_t = plan.wants
-    if learned != (None, None) or ((want_s or want_t) and not plan.stores):
+    later = (want_s or want_t) and not plan.stores
+    if later or learned[0] is not None or learned[1] is not None:
         return RowDivergence.apply(
             student, teacher, *learned, labels, weight, class_weight, plan.scalars, divisors, options
         )
