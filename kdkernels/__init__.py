@@ -129,7 +129,7 @@ from kdkernels.losses.similarity import (
     pkt_loss,
     similarity_preserving_loss,
 )
-from kdkernels.losses.sparse import TopKDivLoss, ULDLoss, topk_div, uld_loss, union_support
+from kdkernels.losses.sparse import TopKDivLoss, topk_div, union_support
 from kdkernels.losses.structured import (
     AuxiliaryHeadsLoss,
     ChannelWiseDivLoss,
@@ -142,6 +142,7 @@ from kdkernels.losses.structured import (
     lwf_loss,
     pixel_wise_div,
 )
+from kdkernels.losses.uld import ULDLoss, uld_loss
 
 __version__ = "0.1.0"
 

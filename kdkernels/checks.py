@@ -147,6 +147,16 @@ def number(
         raise ValueError(f"{name} must be {'finite' if low == -math.inf else bounds}, got {x:g}")
 
 
+def temperatures(
+    temperature: Number, teacher_temperature: Number | None, like: torch.Tensor, *, learnable: bool = False
+) -> None:
+    """Positive ones; the teacher's may be None, the student's."""
+    number("temperature", temperature, low=0, open_low=True, learnable=learnable, like=like)
+    number(
+        "teacher_temperature", teacher_temperature, low=0, open_low=True, learnable=learnable, optional=True, like=like
+    )
+
+
 def items(num_items: Number | None, like: torch.Tensor | None = None) -> None:
     """A divisor: positive, or a tensor, which is 0 where no rank has any token."""
     number("num_items", num_items, low=0, open_low=not isinstance(num_items, torch.Tensor), optional=True, like=like)
@@ -254,13 +264,15 @@ def same_device(**tensors: torch.Tensor) -> None:
             )
 
 
-def indices(name: str, x: torch.Tensor, size: int) -> None:
-    """Places in a table of `size` entries."""
+def indices(name: str, x: torch.Tensor, size: int, padding: int | None = None) -> None:
+    """Places in a table of `size` entries; `padding`, at most 0, stands for none."""
     dense(name, x)
     if x.numel() and _may_read(x):
         low, high = (int(v) for v in x.aminmax())
-        if low < 0 or high >= size:
-            raise IndexError(f"{name} hold {low if low < 0 else high}, outside 0 to {size - 1}")
+        least = 0 if padding is None else padding
+        if low < least or high >= size:
+            places = f"from 0 to {size - 1}" if padding is None else f"from 0 to {size - 1}, or {padding}"
+            raise IndexError(f"{name} must be {places}; got {low if low < least else high}")
 
 
 def positive(name: str, x: torch.Tensor) -> None:

@@ -109,7 +109,7 @@ def test_crd(dense: bool, normalizers: Any, generator: torch.Generator) -> None:
     expected = expected + published_nce(F.normalize(t, dim=1), banks[0], idx, z_t)
     loss = crd_loss(s, t, *banks, idx, normalizers=normalizers, dense=dense)
     same(loss, expected, s, t)
-    with pytest.raises(IndexError, match=f"indices hold {K}, outside 0 to {K - 1}"):
+    with pytest.raises(IndexError, match=f"indices must be from 0 to {K - 1}; got {K}"):
         crd_loss(s, t, *banks, idx.masked_fill(idx == idx[0, 0], K))
 
 

@@ -227,9 +227,9 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"teacher_values": torch.zeros(N, V + 1), "teacher_indices": torch.zeros(N, V + 1).long()}, ValueError,
         f"between 1 and {V} entries a row .*, got {V + 1}",
     ),
-    "index": ({"teacher_indices": torch.full((N, K), V)}, IndexError, f"teacher_indices hold {V}, outside 0 to {V - 1}"),
+    "index": ({"teacher_indices": torch.full((N, K), V)}, IndexError, f"teacher_indices must be from 0 to {V - 1}, or -1; got {V}"),
     "index of the padding": (
-        {"vocab_size": V - 3, "teacher_indices": torch.full((N, K), V - 3)}, IndexError, f"outside 0 to {V - 4}"
+        {"vocab_size": V - 3, "teacher_indices": torch.full((N, K), V - 3)}, IndexError, f"from 0 to {V - 4}, or -1"
     ),
     "tokens": (
         {"student_hidden": torch.zeros(N + 1, H)}, ValueError, r"same rows: student_hidden has shape \(8, 4\) and teacher_val"

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from kdkernels import backends, checks
 from kdkernels.distributed.shards import Job, ShardedLoss, of_heads, of_logits
-from kdkernels.losses.logits import _soft_term
+from kdkernels.losses.logits import soft_term
 from kdkernels.ops.row_divergence.kinds import Kind
 from kdkernels.ops.scalars import Number
 
@@ -43,11 +43,10 @@ def _finish(
 ) -> torch.Tensor:  # fmt: skip
     given = [x for x in tensors if x is not None]
     like = given[0]
-    kind, (p0, p1) = _soft_term(divergence, divergence_options, like)
+    kind, (p0, p1) = soft_term(divergence, divergence_options, like)
     if kind == Kind.DECOUPLED_KL:
         raise ValueError("divergence='decoupled_kl' is not available over a sharded vocabulary")
-    checks.number("temperature", temperature, low=0, open_low=True, like=like)
-    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, optional=True, like=like)
+    checks.temperatures(temperature, teacher_temperature, like)
     checks.number("alpha", alpha, low=0, high=1, like=like)
     checks.items(num_items, like)
     checks.flag("scale_by_t2", scale_by_t2)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed
 
 from kdkernels import backends, checks
-from kdkernels.losses.linear import _check_chunk
+from kdkernels.losses.linear import check_chunk
 from kdkernels.losses.module import LossModule
 from kdkernels.losses.samples import normalized
 from kdkernels.ops.linear_divergence.heads import Head
@@ -225,11 +225,10 @@ def _call(
     labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     checks.flag("scale_by_t2", scale_by_t2)
-    checks.number("temperature", temperature, low=0, open_low=True, like=student.hidden)
-    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, optional=True, like=student.hidden)
+    checks.temperatures(temperature, teacher_temperature, student.hidden)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     weight = checks.per_row("weight", weight, tuple(student.hidden.shape[:1]), student.hidden.device)
-    _check_chunk(chunk_bytes, student, teacher, kind)
+    check_chunk(chunk_bytes, student, teacher, kind)
     hard = labels is not None
     together = samples is not None and reduction != "none"
     if student.hidden.shape[0] == 0 and (hard or samples is not None):

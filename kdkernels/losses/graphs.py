@@ -173,10 +173,7 @@ def _edges_in_order(edge_index: torch.Tensor, nodes: int) -> edge_relation.Edges
         version, of_nodes, found = _known_edges.get(edge_index, (None, None, None))
         if (version, of_nodes) == (edge_index._version, nodes):
             return found
-    if edge_index.numel() and checks._may_read(edge_index):
-        low, high = (int(v) for v in edge_index.aminmax())
-        if low < 0 or high >= nodes:
-            raise IndexError(f"edge_index holds {low if low < 0 else high}, outside 0 to {nodes - 1}")
+    checks.indices("edge_index", edge_index, nodes)
     found = edge_relation.ordered(edge_index.long(), nodes)
     if remember:
         _known_edges[edge_index] = edge_index._version, nodes, found

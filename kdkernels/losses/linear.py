@@ -15,7 +15,7 @@ from typing import Any, ParamSpec
 import torch
 
 from kdkernels import checks
-from kdkernels.losses.logits import _soft_term
+from kdkernels.losses.logits import soft_term
 from kdkernels.losses.module import LossModule
 from kdkernels.ops.linear_divergence.heads import FLOAT, Head
 from kdkernels.ops.linear_divergence.op import buffers, linear_divergence
@@ -25,7 +25,7 @@ from kdkernels.ops.scalars import Number
 P = ParamSpec("P")
 
 
-def _head(
+def head_of(
     model: str, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scale: Number | None,
     softcap: Number | None, vocab_size: int | None, device: torch.device,
 ) -> Head:  # fmt: skip
@@ -63,15 +63,15 @@ def _head(
     return Head(hidden, weight, bias, None, scale, softcap)
 
 
-def _check_chunk(chunk_bytes: int | None, student: Head, teacher: Head | None, kind: Kind) -> None:
+def check_chunk(chunk_bytes: int | None, student: Head, teacher: Head | None, kind: Kind) -> None:
     """The budget holds at least one row."""
     sides = (student[:4], (None,) * 4 if teacher is None else teacher[:4])
     wants = [x is not None and x.requires_grad for side in sides for x in side]
     classes = student.weight.shape[0] + (student.own is not None)
-    _check_budget(chunk_bytes, FLOAT * classes * buffers(wants, kind))
+    check_budget(chunk_bytes, FLOAT * classes * buffers(wants, kind))
 
 
-def _check_budget(chunk_bytes: int | None, least: int) -> None:
+def check_budget(chunk_bytes: int | None, least: int) -> None:
     if chunk_bytes is None:
         return
     if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int) or chunk_bytes < least:
@@ -111,9 +111,9 @@ def _call(
     checks.flag("compact", compact)
     checks.float_tensor("student_hidden", student_hidden)
     device = student_hidden.device
-    student = _head("student", student_hidden, student_weight, student_bias, student_logit_scale, student_softcap,
+    student = head_of("student", student_hidden, student_weight, student_bias, student_logit_scale, student_softcap,
                     vocab_size, device)  # fmt: skip
-    teacher = _head("teacher", teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap,
+    teacher = head_of("teacher", teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap,
                     vocab_size, device)  # fmt: skip
     rows, classes = tuple(student_hidden.shape[:-1]), student.weight.shape[0]
     if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
@@ -126,14 +126,13 @@ def _call(
             f"student_weight has {classes} classes and teacher_weight {teacher.weight.shape[0]}: if the larger one is "
             "padded, pass the size of the vocabulary as vocab_size"
         )
-    checks.number("temperature", temperature, low=0, open_low=True, like=student_hidden)
-    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, optional=True, like=student_hidden)
+    checks.temperatures(temperature, teacher_temperature, student_hidden)
     checks.items(num_items, student_hidden)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     weight = checks.per_row("weight", weight, rows, device)
     labels = checks.labels_of(labels, rows, classes, ignore_index, device)
     class_weight = checks.per_class("class_weight", class_weight, classes, device)
-    _check_chunk(chunk_bytes, student, teacher, kind)
+    check_chunk(chunk_bytes, student, teacher, kind)
     return linear_divergence(
         student, teacher, kind=kind, temperature=temperature, teacher_temperature=teacher_temperature,
         reduction=reduction, weight=weight, labels=labels, class_weight=class_weight, ignore_index=ignore_index,
@@ -341,7 +340,7 @@ def linear_distillation_loss(
     Against others: Liger's LigerFusedLinearJSDLoss(weight_hard_loss=1 - a, weight_soft_loss=a) is this with
     `divergence="js"`, `scale_by_t2=False` and, on heads of one size, shifted labels.
     """
-    kind, (p0, p1) = _soft_term(divergence, divergence_options, student_hidden)
+    kind, (p0, p1) = soft_term(divergence, divergence_options, student_hidden)
     checks.number("alpha", alpha, low=0, high=1, like=student_hidden)
     checks.plain_number("label_smoothing", label_smoothing, low=0, high=1)
     if labels is None:

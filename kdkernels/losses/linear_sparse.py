@@ -7,9 +7,10 @@ import math
 import torch
 
 from kdkernels import backends, checks
-from kdkernels.losses.linear import _check_budget, _head
+from kdkernels.losses.linear import check_budget, head_of
 from kdkernels.losses.module import LossModule
-from kdkernels.losses.sparse import _divided, _divisor, _sparse, _teacher, _treatment, _weights, topk_div
+from kdkernels.losses.rows import divided, divisor, row_weights
+from kdkernels.losses.sparse import support_of, teacher_of, topk_div, treatment_of
 from kdkernels.ops.linear_divergence import reference
 from kdkernels.ops.linear_divergence.sparse import least_bytes, linear_sparse
 from kdkernels.ops.scalars import Number
@@ -74,20 +75,19 @@ def linear_topk_div(
     """
     checks.flag("scale_by_t2", scale_by_t2)
     checks.flag("compact", compact)
-    treatment = _treatment(missing, divergence, teacher_values_are, min_log_prob, teacher_temperature)
+    treatment = treatment_of(missing, divergence, teacher_values_are, min_log_prob, teacher_temperature)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
-    checks.number("temperature", temperature, low=0, open_low=True, like=student_hidden)
-    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, optional=True, like=student_hidden)
+    checks.temperatures(temperature, teacher_temperature, student_hidden)
     checks.items(num_items, student_hidden)
     checks.float_tensor("student_hidden", student_hidden)
     device = student_hidden.device
-    head = _head("student", student_hidden, student_weight, student_bias, student_logit_scale, student_softcap, vocab_size,
+    head = head_of("student", student_hidden, student_weight, student_bias, student_logit_scale, student_softcap, vocab_size,
                  device)  # fmt: skip
     rows, classes = tuple(student_hidden.shape[:-1]), head.weight.shape[0]
-    indices = _sparse("student_hidden", student_hidden, classes, teacher_values, teacher_indices)
+    indices = support_of("student_hidden", student_hidden, classes, teacher_values, teacher_indices)
     weight = checks.per_row("weight", weight, rows, device)
     labels = checks.labels_of(labels, rows, classes, ignore_index, device)
-    _check_budget(chunk_bytes, least_bytes(classes))
+    check_budget(chunk_bytes, least_bytes(classes))
     given = [head.hidden, head.weight, teacher_values, *([] if head.bias is None else [head.bias])]
     backend = backends.resolve("linear_topk_div", tuple(given), backend)
     t_t = temperature if teacher_temperature is None else teacher_temperature
@@ -99,16 +99,16 @@ def linear_topk_div(
             teacher_temperature=teacher_temperature, scale_by_t2=scale_by_t2, reduction=reduction, weight=weight,
             labels=labels, ignore_index=ignore_index, num_items=num_items, backend=backend,
         )  # fmt: skip
-    w, bad_label = _weights(weight, labels, ignore_index, classes, torch.float64)
+    w = row_weights(weight, labels, ignore_index, torch.float64)
     live = None if w is None else w != 0
-    indices, teacher = _teacher(
+    indices, teacher = teacher_of(
         treatment, teacher_values, indices, live, teacher_values_are, t_t, classes, torch.float64, torch.float32
     )
     if w is None:
         w = torch.ones(rows, dtype=torch.float64, device=device)
-    elif bad_label is not None:
-        w = w.masked_fill(bad_label, math.nan)
-    factor = _divided(w, _divisor(None if live is None else w, reduction, (*rows, classes), num_items))
+    elif labels is not None and live is not None:
+        w = w.masked_fill(live & ((labels < 0) | (labels >= classes)), math.nan)
+    factor = divided(w, divisor(None if live is None else w, reduction, (*rows, classes), num_items))
     loss = linear_sparse(
         head, teacher, indices, factor * temperature**2 if scale_by_t2 else factor, treatment, temperature=temperature,
         compact=compact and live is not None, chunk_bytes=chunk_bytes or 0, per_row=reduction == "none", backend=backend,

@@ -28,7 +28,7 @@ DIVERGENCES: dict[str, tuple[Kind, dict[str, float]]] = {
 }
 
 
-def _soft_term(divergence: str, options: Mapping[str, Number] | None, like: torch.Tensor) -> tuple[Kind, list[Number]]:
+def soft_term(divergence: str, options: Mapping[str, Number] | None, like: torch.Tensor) -> tuple[Kind, list[Number]]:
     """The kind of a divergence and its parameters, checked."""
     checks.choice("divergence", divergence, tuple(DIVERGENCES))
     kind, defaults = DIVERGENCES[divergence]
@@ -163,7 +163,7 @@ def distillation_loss(
 
     Against others: torchdistill's alpha weighs the cross-entropy (pass 1 - alpha).
     """
-    kind, (p0, p1) = _soft_term(divergence, divergence_options, student_logits)
+    kind, (p0, p1) = soft_term(divergence, divergence_options, student_logits)
     checks.number("alpha", alpha, low=0, high=1, like=student_logits)
     checks.plain_number("label_smoothing", label_smoothing, low=0, high=1)
     if labels is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kdkernels import checks
-from kdkernels.losses.linear import _check_chunk, _head
+from kdkernels.losses.linear import check_chunk, head_of
 from kdkernels.losses.module import LossModule
 from kdkernels.ops.linear_divergence.op import linear_divergence
 from kdkernels.ops.row_divergence.kinds import Kind
@@ -117,13 +117,13 @@ def linear_sequence_loss(
     """
     checks.float_tensor("student_hidden", student_hidden)
     device = student_hidden.device
-    student = _head("student", student_hidden, student_weight, student_bias, student_logit_scale, student_softcap,
+    student = head_of("student", student_hidden, student_weight, student_bias, student_logit_scale, student_softcap,
                     vocab_size, device)  # fmt: skip
     checks.choice("reduction", reduction, ("rowmean", "batchmean", "sum", "none"))
     checks.plain_number("label_smoothing", label_smoothing, low=0, high=1)
     checks.items(num_items, student_hidden)
     checks.flag("compact", compact)
-    _check_chunk(chunk_bytes, student, None, Kind.FORWARD_KL)
+    check_chunk(chunk_bytes, student, None, Kind.FORWARD_KL)
     labels, weight = _targets(
         tokens, tuple(student_hidden.shape[:-1]), completion_mask, sequence_weight, shift, ignore_index,
         student.weight.shape[0], device,

@@ -1,4 +1,4 @@
-"""Losses against a teacher that is known at a few classes only, or that has other classes."""
+"""Losses against a teacher that is known at a few classes only."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 
 from kdkernels import backends, checks
 from kdkernels.losses.module import LossModule
+from kdkernels.losses.rows import reduced, row_weights
 from kdkernels.ops.row_divergence.kinds import Kind
 from kdkernels.ops.row_divergence.reference import divergence as divergence_of
 from kdkernels.ops.row_gather.op import row_gather
 from kdkernels.ops.row_gather.support import Treatment
 from kdkernels.ops.scalars import Number
-from kdkernels.ops.sorted_match.op import sorted_match
 
 MISSING = ("renormalize", "renormalize_both", "none", "tail", "uniform")
 DIVERGENCES = {"forward_kl": Kind.FORWARD_KL, "reverse_kl": Kind.REVERSE_KL, "js": Kind.JSD}
@@ -100,18 +100,9 @@ def topk_div(
     (`scale_by_t2=False`).
     """
     checks.flag("scale_by_t2", scale_by_t2)
-    treatment = _treatment(missing, divergence, teacher_values_are, min_log_prob, teacher_temperature)
+    treatment = treatment_of(missing, divergence, teacher_values_are, min_log_prob, teacher_temperature)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
-    checks.number("temperature", temperature, low=0, open_low=True, learnable=True, like=student_logits)
-    checks.number(
-        "teacher_temperature",
-        teacher_temperature,
-        low=0,
-        open_low=True,
-        learnable=True,
-        optional=True,
-        like=student_logits,
-    )
+    checks.temperatures(temperature, teacher_temperature, student_logits, learnable=True)
     checks.items(num_items, student_logits)
     checks.float_tensor("student_logits", student_logits)
     if student_logits.dim() == 0 or student_logits.shape[-1] == 0:
@@ -120,7 +111,7 @@ def topk_div(
     if dim not in (-1, student_logits.dim() - 1):
         raise ValueError(f"dim must be the last axis (-1) for a sparse teacher, got {dim}")
     rows, classes, device = tuple(student_logits.shape[:-1]), student_logits.shape[-1], student_logits.device
-    indices = _sparse("student_logits", student_logits, classes, teacher_values, teacher_indices)
+    indices = support_of("student_logits", student_logits, classes, teacher_values, teacher_indices)
     weight = checks.per_row("weight", weight, rows, device)
     labels = checks.labels_of(labels, rows, classes, ignore_index, device)
     backend = backends.resolve("topk_div", (student_logits, teacher_values), backend)
@@ -129,10 +120,10 @@ def topk_div(
     student = student_logits.double() if dtype == torch.float64 else student_logits
     # What follows the kernels is small: in float64 nothing is lost there.
     small = dtype if backend == "reference" else torch.float64
-    w, bad_label = _weights(weight, labels, ignore_index, classes, small)
+    w = row_weights(weight, labels, ignore_index, small)
     live = None if w is None else w != 0
     t_t = temperature if teacher_temperature is None else teacher_temperature
-    indices, b = _teacher(treatment, teacher_values, indices, live, teacher_values_are, t_t, classes, small, dtype)
+    indices, b = teacher_of(treatment, teacher_values, indices, live, teacher_values_are, t_t, classes, small, dtype)
     a, rest, total = (
         None if x is None else x.to(small)
         for x in row_gather(
@@ -144,14 +135,15 @@ def topk_div(
     losses = divergence_of(treatment.kind, a, b, 0.5, 0.0)
     if w is not None and live is not None:
         losses = (w * losses).where(live, 0.0)
-    if bad_label is not None:
-        losses = losses * torch.ones_like(losses).masked_fill(bad_label, math.nan)
+    if labels is not None and live is not None:
+        bad = live & ((labels < 0) | (labels >= classes))
+        losses = losses * torch.ones_like(losses).masked_fill(bad, math.nan)
     if scale_by_t2:
         losses = losses * temperature**2
-    return _reduce(losses, w, reduction, student_logits, num_items).to(dtype)
+    return reduced(losses, w, reduction, student_logits, num_items).to(dtype)
 
 
-def _treatment(
+def treatment_of(
     missing: str, divergence: str, values_are: str, min_log_prob: float | None, teacher_temperature: Number | None
 ) -> Treatment:
     """The options that say what the loss is, checked, also against one another."""
@@ -178,7 +170,7 @@ def _treatment(
     return Treatment(missing, DIVERGENCES[divergence], min_log_prob)
 
 
-def _sparse(
+def support_of(
     name: str, student: torch.Tensor, classes: int, values: torch.Tensor, indices: torch.Tensor
 ) -> torch.Tensor:
     """Validates a teacher of the student's rows, which `name` has; returns the indices as int64."""
@@ -208,25 +200,11 @@ def _sparse(
         if x.device != student.device:
             raise ValueError(f"{what} must be on {student.device} with {name}, got {x.device}")
     indices = indices.long()
-    if indices.numel() and checks._may_read(indices):
-        low, high = (int(v) for v in indices.aminmax())
-        if low < -1 or high >= classes:
-            raise IndexError(f"teacher_indices hold {low if low < -1 else high}, outside 0 to {classes - 1} and not -1")
+    checks.indices("teacher_indices", indices, classes, padding=-1)
     return indices
 
 
-def _weights(
-    weight: torch.Tensor | None, labels: torch.Tensor | None, ignore_index: int, classes: int, dtype: torch.dtype
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(the rows' weights, None if all are 1; the rows whose label is no class)."""
-    w = None if weight is None else weight.detach().to(dtype)
-    if labels is None:
-        return w, None
-    w = (labels != ignore_index).to(dtype) if w is None else w.masked_fill(labels == ignore_index, 0.0)
-    return w, (w != 0) & ((labels < 0) | (labels >= classes))
-
-
-def _teacher(
+def teacher_of(
     treatment: Treatment,
     values: torch.Tensor,
     indices: torch.Tensor,
@@ -249,34 +227,6 @@ def _teacher(
     return indices, treatment.teacher(b, indices, classes, torch.finfo(dtype).eps)
 
 
-def _reduce(
-    losses: torch.Tensor, w: torch.Tensor | None, reduction: str, student: torch.Tensor, num_items: Number | None
-) -> torch.Tensor:
-    if reduction == "none":
-        return losses
-    return _divided(losses.sum(), _divisor(w, reduction, tuple(student.shape), num_items))
-
-
-def _divisor(w: torch.Tensor | None, reduction: str, shape: tuple[int, ...], num_items: Number | None) -> Number:
-    """Of the sum over rows of scores of this shape, w being their weights."""
-    if reduction == "none":
-        return 1
-    if num_items is not None:
-        return num_items.detach().reshape(()) if isinstance(num_items, torch.Tensor) else num_items
-    if reduction == "rowmean" and w is not None:
-        return w.sum()
-    by = {"rowmean": math.prod(shape[:-1]), "batchmean": shape[0], "mean": math.prod(shape), "sum": 1}
-    return max(by[reduction], 1)
-
-
-def _divided(x: torch.Tensor, by: Number) -> torch.Tensor:
-    """x / by; 0 where nothing counts."""
-    if not isinstance(by, torch.Tensor):
-        return x / by
-    by = by.to(x)
-    return x.where(by != 0, 0.0) / by.where(by != 0, 1.0)
-
-
 def union_support(student_logits: torch.Tensor, teacher_indices: torch.Tensor, k: int) -> torch.Tensor:
     """The classes in the teacher's support or among the student's k largest, for `topk_div`.
 
@@ -287,6 +237,10 @@ def union_support(student_logits: torch.Tensor, teacher_indices: torch.Tensor, k
 
     Returns:
         int64 (..., min(j + k, V)): each class once, descending, then -1.
+
+    Raises:
+        ValueError: rows or devices that differ, k above V.
+        TypeError: scores that are not floating point, indices that are not int64.
     """
     checks.float_tensor("student_logits", student_logits)
     if student_logits.dim() == 0:
@@ -310,97 +264,7 @@ def union_support(student_logits: torch.Tensor, teacher_indices: torch.Tensor, k
     return both.masked_fill(again, -1).sort(-1, descending=True).values[..., :classes]
 
 
-def uld_loss(
-    student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor,
-    *,
-    temperature: Number = 1.0,
-    teacher_temperature: Number | None = None,
-    scale_by_t2: bool = False,
-    dim: int = -1,
-    reduction: str = "rowmean",
-    weight: torch.Tensor | None = None,
-    labels: torch.Tensor | None = None,
-    ignore_index: int = -100,
-    num_items: Number | None = None,
-    backend: str = "auto",
-) -> torch.Tensor:
-    """Universal logit distillation, for a teacher with another vocabulary.
-
-    sum_i |sort(p_s)_i - sort(p_t)_i|, p = softmax(logits / T) sorted from the largest, the shorter padded with zeros:
-    Boizard, El Haddad, Hudelot and Colombo (2024, arXiv:2402.12030). Composed of torch's sort; the gradient is by hand
-    and keeps one byte a class.
-
-    Args:
-        student_logits: scores, float16, bfloat16, float32 or float64, (..., V).
-        teacher_logits: (..., U) with the same rows, on the same device. Gets a gradient if it requires one.
-        temperature: T > 0, a number or a tensor with one element. It gets no gradient.
-        teacher_temperature: the teacher's own T; default: the student's.
-        scale_by_t2: multiply by the square of the student's temperature.
-        dim: the class axis; only the last one.
-        reduction, weight, num_items: as `topk_div`.
-        labels: integers, one a row; a row where they equal `ignore_index` is left out. Others are not looked at.
-        ignore_index: the label that leaves a row out.
-        backend: "reference" has second derivatives; every other name runs the same torch operations.
-
-    Returns:
-        A float32 scalar (float64 if an input is float64), between 0 and 2 a row, or one value a row. Equal sorted
-        probabilities have gradient 0, as abs has. If all rows are left out: 0, with zero gradients.
-
-    Raises:
-        ValueError, TypeError, BackendError: as topk_div.
-    """
-    checks.float_tensor("student_logits", student_logits)
-    checks.float_tensor("teacher_logits", teacher_logits)
-    checks.flag("scale_by_t2", scale_by_t2)
-    checks.integer("dim", dim)
-    checks.integer("ignore_index", ignore_index)
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
-    checks.number("temperature", temperature, low=0, open_low=True, like=student_logits)
-    checks.number("teacher_temperature", teacher_temperature, low=0, open_low=True, optional=True, like=student_logits)
-    checks.items(num_items, student_logits)
-    shapes = f"student_logits has shape {tuple(student_logits.shape)} and teacher_logits {tuple(teacher_logits.shape)}"
-    if student_logits.dim() == 0 or student_logits.dim() != teacher_logits.dim():
-        raise ValueError(f"student and teacher must have the same rows and a class axis: {shapes}")
-    if student_logits.shape[:-1] != teacher_logits.shape[:-1] or 0 in (
-        student_logits.shape[-1],
-        teacher_logits.shape[-1],
-    ):
-        raise ValueError(f"student and teacher must have the same rows and at least one class: {shapes}")
-    if dim not in (-1, student_logits.dim() - 1):
-        raise ValueError(f"dim must be the last axis (-1), got {dim}")
-    if student_logits.device != teacher_logits.device:
-        raise ValueError(
-            f"teacher_logits must be on {student_logits.device} with student_logits, got {teacher_logits.device}"
-        )
-    rows, device = tuple(student_logits.shape[:-1]), student_logits.device
-    weight = checks.per_row("weight", weight, rows, device)
-    labels = checks.integers("labels", labels, rows, device)
-    backend = backends.resolve("uld_loss", (student_logits, teacher_logits), backend)
-    dtype = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
-    w = None if weight is None else weight.to(dtype)
-    if labels is not None:
-        w = (labels != ignore_index).to(dtype) if w is None else w.masked_fill(labels == ignore_index, 0.0)
-    student, teacher = (x.reshape(-1, x.shape[-1]) for x in (student_logits, teacher_logits))
-    live = None if w is None else w != 0
-    if live is not None and backend == "reference":
-        student, teacher = (x.where(live.reshape(-1, 1), 0.0) for x in (student, teacher))
-    t_t = temperature if teacher_temperature is None else teacher_temperature
-    losses = sorted_match(student, teacher, temperature, t_t, backend).view(rows)
-    if w is not None and live is not None:
-        losses = w * losses.where(live, 0.0)
-    if scale_by_t2:
-        losses = losses * temperature**2
-    return _reduce(losses, w, reduction, student_logits, num_items)
-
-
 class TopKDivLoss(LossModule):
     """`topk_div` as a module: TopKDivLoss(missing="tail")(student_logits, teacher_values, teacher_indices)."""
 
     function = staticmethod(topk_div)
-
-
-class ULDLoss(LossModule):
-    """`uld_loss` as a module: ULDLoss()(student_logits, teacher_logits)."""
-
-    function = staticmethod(uld_loss)

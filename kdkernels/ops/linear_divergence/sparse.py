@@ -21,8 +21,8 @@ from kdkernels.ops.linear_divergence.heads import (
     view,
 )
 from kdkernels.ops.row_divergence.kinds import Kind
-from kdkernels.ops.row_gather.op import _kernels
 from kdkernels.ops.row_gather.op import forward_op as gather
+from kdkernels.ops.row_gather.op import kernels
 from kdkernels.ops.row_gather.support import Treatment
 from kdkernels.ops.scalars import Number, pack
 
@@ -82,7 +82,7 @@ def _forward(
                 d_a = (d_a * of_row).where(keep, 0.0)
                 g = treatment.student_gradient(d_a, a, index, classes)
                 ds = d_z[: part.stop - start]
-                _kernels(backend)[1](
+                kernels(backend)[1](
                     view(x), index, live, scalars, stats,
                     *(None if v is None else v.float().contiguous() for v in g), view(ds),
                 )  # fmt: skip

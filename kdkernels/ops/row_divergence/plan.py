@@ -51,10 +51,7 @@ def plan_of(
     student, teacher = tensors
     dim = checks.scores(f"student_{what}", student, f"teacher_{what}", teacher, dim)
     checks.flag("scale_by_t2", scale_by_t2)
-    checks.number("temperature", temperature, low=0, open_low=True, learnable=True, like=student)
-    checks.number(
-        "teacher_temperature", teacher_temperature, low=0, open_low=True, learnable=True, optional=True, like=student
-    )
+    checks.temperatures(temperature, teacher_temperature, student, learnable=True)
     checks.items(num_items, student)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     checks.integer("ignore_index", ignore_index)

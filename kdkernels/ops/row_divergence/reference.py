@@ -14,13 +14,13 @@ import torch
 from kdkernels.ops.row_divergence.kinds import Inputs, Kind
 
 
-def _xdiff(p: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def xdiff(p: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """p * (x - y), and 0 where p is 0 whatever x and y are."""
     mass = (p != 0) | x.isnan() | y.isnan()  # a NaN is seen wherever it is
     return p * (x.where(mass, 0.0) - y.where(mass, 0.0))
 
 
-def _log_mixture(x: torch.Tensor, y: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+def log_mixture(x: torch.Tensor, y: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     """log(share e^x + (1 - share) e^y), 0 where both are -inf; 0 < share < 1."""
     empty = (x == -math.inf) & (y == -math.inf)
     x, y = x.masked_fill(empty, 0.0), y.masked_fill(empty, 0.0)
@@ -38,10 +38,10 @@ def _alpha_beta(a: torch.Tensor, b: torch.Tensor, alpha: float, beta: float) -> 
         f = 0.5 * (b - a) ** 2
     elif alpha == 0:
         q, p = power(a, beta), power(b, beta)
-        f = (_xdiff(q, beta * a, beta * b) - q + p) / beta**2
+        f = (xdiff(q, beta * a, beta * b) - q + p) / beta**2
     elif beta == 0:
         p, q = power(b, alpha), power(a, alpha)
-        f = (_xdiff(p, alpha * b, alpha * a) - p + q) / alpha**2
+        f = (xdiff(p, alpha * b, alpha * a) - p + q) / alpha**2
     elif both == 0:
         u = alpha * (a - b)
         f = (u + torch.exp(-u) - 1) / alpha**2
@@ -61,9 +61,9 @@ def _decoupled(
     rest_a, rest_b = a.scatter(-1, index, -math.inf), b.scatter(-1, index, -math.inf)
     no_a, no_b = rest_a.logsumexp(-1), rest_b.logsumexp(-1)
     yes_a, yes_b = a.gather(-1, index).squeeze(-1), b.gather(-1, index).squeeze(-1)
-    binary = _xdiff(yes_b.exp(), yes_b, yes_a) + _xdiff(no_b.exp(), no_b, no_a)
+    binary = xdiff(yes_b.exp(), yes_b, yes_a) + xdiff(no_b.exp(), no_b, no_a)
     rest_b = rest_b - no_b.unsqueeze(-1)
-    rest = _xdiff(rest_b.exp(), rest_b, rest_a - no_a.unsqueeze(-1)).sum(-1)
+    rest = xdiff(rest_b.exp(), rest_b, rest_a - no_a.unsqueeze(-1)).sum(-1)
     return alpha * binary + beta * rest
 
 
@@ -78,28 +78,28 @@ def divergence(
     if kind == Kind.JSD and value in (0.0, 1.0):
         kind = Kind.FORWARD_KL if value == 0 else Kind.REVERSE_KL
     if kind == Kind.FORWARD_KL:
-        f = _xdiff(pt, b, a)
+        f = xdiff(pt, b, a)
     elif kind == Kind.REVERSE_KL:
-        f = _xdiff(ps, a, b)
+        f = xdiff(ps, a, b)
     elif kind == Kind.JSD:
-        m = _log_mixture(b, a, share)
-        f = share * _xdiff(pt, b, m) + (1 - share) * _xdiff(ps, a, m)
+        m = log_mixture(b, a, share)
+        f = share * xdiff(pt, b, m) + (1 - share) * xdiff(ps, a, m)
     elif kind == Kind.SKEW_KL:
-        f = _xdiff(pt, b, a if value == 0 else b if value == 1 else _log_mixture(b, a, share))
+        f = xdiff(pt, b, a if value == 0 else b if value == 1 else log_mixture(b, a, share))
     elif kind == Kind.SKEW_REVERSE_KL:
-        f = _xdiff(ps, a, b if value == 0 else a if value == 1 else _log_mixture(a, b, share))
+        f = xdiff(ps, a, b if value == 0 else a if value == 1 else log_mixture(a, b, share))
     elif kind == Kind.TOTAL_VARIATION:
         f = 0.5 * (ps - pt).abs()
     elif kind == Kind.ALPHA_BETA:
         f = _alpha_beta(a, b, value, float(p1))
     elif kind == Kind.SOFT_CROSS_ENTROPY:
-        f = _xdiff(pt, torch.zeros_like(a), a if value == 0 else torch.log((ps + p1) / (1 + p0)))
+        f = xdiff(pt, torch.zeros_like(a), a if value == 0 else torch.log((ps + p1) / (1 + p0)))
     else:
         f = torch.zeros_like(a)
         if value != 0:
-            f = f + share * _xdiff(pt, b, a)
+            f = f + share * xdiff(pt, b, a)
         if value != 1:
-            f = f + (1 - share) * _xdiff(ps, a, b)
+            f = f + (1 - share) * xdiff(ps, a, b)
     return f.sum(-1)
 
 

@@ -15,7 +15,7 @@ STATS = 8  # of a row; csrc/row_gather/math.h names them
 NOTHING, REST, REST_AND_TOTAL = range(3)  # what is wanted of the classes that are not gathered
 
 
-def _kernels(backend: str) -> Any:
+def kernels(backend: str) -> Any:
     """(forward, backward) of a backend, with one argument list for all."""
     if backend == "triton":
         from kdkernels.ops.row_gather import triton
@@ -36,7 +36,7 @@ def _forward(
     gathered, rest, total, stats = _forward_fake(student, indices, live, scalars, outside, backend)
     if indices.shape[0]:
         (s,) = layout.rows(student.dim() - 1, student)
-        _kernels(backend)[0](
+        kernels(backend)[0](
             s, indices, live, scalars, gathered, rest if outside >= REST else None,
             total if outside == REST_AND_TOTAL else None, stats, outside,
         )  # fmt: skip
@@ -70,7 +70,7 @@ def _backward(
         return ds
     s, d = layout.rows(student.dim() - 1, student, ds)
     g, g_rest, g_total = (None if x is None else x.float().contiguous() for x in (g, g_rest, g_total))
-    _kernels(backend)[1](s, indices, live, scalars, stats, g, g_rest, g_total, d)
+    kernels(backend)[1](s, indices, live, scalars, stats, g, g_rest, g_total, d)
     if d.tensor is not ds:
         ds.copy_(d.tensor)  # it could only be written as rows in a copy
     return ds

@@ -13,7 +13,7 @@ import math
 import torch
 
 from kdkernels.ops.row_divergence.kinds import Kind
-from kdkernels.ops.row_divergence.reference import _log_mixture, _xdiff
+from kdkernels.ops.row_divergence.reference import log_mixture, xdiff
 from kdkernels.ops.row_gather.op import NOTHING, REST, REST_AND_TOTAL
 
 
@@ -85,13 +85,13 @@ class Treatment:
         """(f, its derivative by A, by B) of each entry."""
         p, q = a.exp(), b.exp()
         if self.kind == Kind.FORWARD_KL:
-            f = _xdiff(q, b, a)
+            f = xdiff(q, b, a)
             return f, -q, f + q
         if self.kind == Kind.REVERSE_KL:
-            f = _xdiff(p, a, b)
+            f = xdiff(p, a, b)
             return f, f + p, -p
-        m = _log_mixture(b, a, torch.full((), 0.5, dtype=a.dtype, device=a.device))
-        of_a, of_b = 0.5 * _xdiff(p, a, m), 0.5 * _xdiff(q, b, m)
+        m = log_mixture(b, a, torch.full((), 0.5, dtype=a.dtype, device=a.device))
+        of_a, of_b = 0.5 * xdiff(p, a, m), 0.5 * xdiff(q, b, m)
         return of_a + of_b, of_a, of_b
 
     def _bounded(self, x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

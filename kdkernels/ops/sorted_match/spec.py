@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kdkernels.losses import sparse
+from kdkernels.losses import uld
 from kdkernels.ops.registry import Case, Inputs, Shape, Spec
 
 SHAPES: tuple[Shape, ...] = ((1, 1), (3, 2), (5, 7), (2, 3, 130), (33, 100), (3, 1025))
@@ -41,7 +41,7 @@ def floor_bytes(shape: Shape, itemsize: int, backward: bool) -> int:
 
 def _case(name: str, bench: bool = False, **options: Any) -> Case:
     return Case(
-        name, sparse.uld_loss, make_two_vocabularies, options, eager=eager_uld, shapes=SHAPES, bench=BENCH if bench else {},
+        name, uld.uld_loss, make_two_vocabularies, options, eager=eager_uld, shapes=SHAPES, bench=BENCH if bench else {},
         bench_gpu=BENCH_GPU if bench else {}, floor_bytes=floor_bytes, headline=bench,
     )  # fmt: skip
 
