@@ -140,6 +140,25 @@ def test_fgd_contains_a_nan(target: Target, generator: torch.Generator) -> None:
     assert torch.equal(grads[0][::2], grads[1][::2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_fgd_reads_half_precision_where_it_lies(dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Without a gradient; a loss with one is the same to the bit, from a copy."""
+    s, t = (x.to(dtype) for x in pair(generator, 3, 3, 7, 9, dtype=torch.float32))
+    block = kd.GlobalContext(3)
+    wanted = kd.fgd_loss(s.clone().requires_grad_(), t, BOXES, global_context=block)
+    read = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True)
+    with torch.no_grad(), read:
+        assert torch.equal(kd.fgd_loss(s, t, BOXES, global_context=block), wanted)
+    copies = [e for e in read.events() if e.name == "aten::copy_" and e.input_shapes[0] == list(s.shape)]
+    assert not copies
+
+
+def test_fgd_compiles_with_lists_of_boxes(generator: torch.Generator) -> None:
+    s, t = pair(generator, 3, 3, 7, 9, dtype=torch.float32)
+    compiled = torch.compile(lambda s, t: kd.fgd_loss(s, t, BOXES), fullgraph=True, backend="aot_eager")
+    same(compiled(s, t), kd.fgd_loss(s, t, BOXES))
+
+
 # -------------------------------------------------------------------------------------------------- scores, boxes, features
 
 

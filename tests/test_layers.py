@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 
 import pytest
@@ -102,6 +103,27 @@ def test_capture_compiles_whole(models: tuple[nn.Module, nn.Module]) -> None:
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(X), step(X))
     assert capture._found is None
+
+
+def test_capture_says_what_was_changed_in_place() -> None:
+    conv = nn.Conv2d(1, 3, 3)
+    quiet, loud = nn.Sequential(conv, nn.ReLU()), nn.Sequential(conv, nn.ReLU(inplace=True))
+    with pytest.warns(UserWarning, match="changed '0' in place"):
+        _, features = FeatureCapture(loud, ["0"])(X)
+    assert torch.equal(features["0"], conv(X).relu())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(FeatureCapture(quiet, ["0"])(X)[1]["0"], conv(X))
+        with torch.inference_mode():
+            FeatureCapture(loud, ["0"])(X)
+
+
+def test_capture_made_after_compiling() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    compiled = torch.compile(net, backend="eager")
+    compiled(X)
+    with pytest.raises(RuntimeError, match="did not call '0': torch.compile keeps code"):
+        FeatureCapture(compiled, ["0"])(X)
 
 
 def test_capture_takes_the_first_tensor_of_a_tuple() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -36,6 +37,21 @@ def first_tensor(output: Any, name: str) -> torch.Tensor:
     raise TypeError(f"layer {name!r} returned {type(output).__name__} without a tensor in it")
 
 
+def _counts(x: torch.Tensor) -> bool:
+    """Whether x knows how often it was written to."""
+    return not torch.compiler.is_compiling() and not x.is_inference()
+
+
+def _why(model: nn.Module) -> str:
+    """What may have kept a layer's hook from being called."""
+    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in (model, *unwrapped(model).modules())):
+        return (
+            ": torch.compile keeps code from before there were hooks; make the capture before the model is first called, or "
+            "compile what calls the capture"
+        )
+    return ""
+
+
 class FeatureCapture:
     """Calls a model and also returns the outputs of layers inside it.
 
@@ -43,9 +59,10 @@ class FeatureCapture:
         logits, features = capture(images)    # features["layer2"] is in the graph, as logits is
 
     Nothing is kept after a call, so that neither features nor graphs leak; `close()`, or the end of a `with`, takes the
-    hooks away. A layer that is called several times gives its last output. Works inside torch.compile (compile what calls
-    the capture), and on a model wrapped in DistributedDataParallel, which is then called as a whole; names are those of the
-    model inside.
+    hooks away. A layer that is called several times gives its last output. Nothing is copied: what the model then changes
+    in place, as nn.ReLU(inplace=True) does, is changed here too, with a warning. Works inside torch.compile (compile what
+    calls the capture), and on a model wrapped in DistributedDataParallel, which is then called as a whole; names are those
+    of the model inside.
 
     Args:
         model: the model.
@@ -60,6 +77,7 @@ class FeatureCapture:
         self.model = model
         self.names = tuple(dict.fromkeys(names))
         self._found: Features | None = None
+        self._versions: dict[str, int] = {}
         self._closed = False  # Dynamo reads a flag, and no handles
         modules = dict(unwrapped(model).named_modules())
         for name in self.names:
@@ -71,7 +89,9 @@ class FeatureCapture:
     def _hook(self, name: str) -> Any:
         def record(module: nn.Module, inputs: Any, output: Any) -> None:
             if self._found is not None:
-                self._found[name] = first_tensor(output, name)
+                self._found[name] = found = first_tensor(output, name)
+                if _counts(found):
+                    self._versions[name] = found._version
 
         return record
 
@@ -83,7 +103,7 @@ class FeatureCapture:
         """
         if self._closed:
             raise RuntimeError("this capture is closed")
-        self._found = {}
+        self._found, self._versions = {}, {}
         try:
             output = self.model(*args, **kwargs)
             found = self._found
@@ -91,7 +111,14 @@ class FeatureCapture:
             self._found = None
         missing = [name for name in self.names if name not in found]
         if missing:
-            raise RuntimeError(f"the model did not call {', '.join(map(repr, missing))}")
+            raise RuntimeError(f"the model did not call {', '.join(map(repr, missing))}{_why(self.model)}")
+        changed = [name for name, before in self._versions.items() if found[name]._version != before]
+        if changed:
+            warnings.warn(
+                f"the model changed {', '.join(map(repr, changed))} in place after it was made (an activation with "
+                "inplace=True?): the captured features are what became of it",
+                stacklevel=2,
+            )
         return output, {name: found[name] for name in self.names}
 
     def close(self) -> None:

@@ -39,7 +39,7 @@ def padded_boxes(
             raise ValueError(f"boxes[{i}] must be (m, 4), got {tuple(one.shape)}")
         if one.device != device:
             raise ValueError(f"boxes[{i}] must be on {device} with the features, got {one.device}")
-    most = max((one.shape[0] for one in boxes if one.numel()), default=0)
+    most = max([0, *[one.shape[0] for one in boxes if one.numel()]])  # Dynamo knows no default=
     rows = [
         F.pad(one.to(dtype).reshape(-1, 4), (0, 0, 0, most - one.numel() // 4), value=-1.0)
         if most

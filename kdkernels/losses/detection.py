@@ -107,7 +107,8 @@ def fgd_loss(
         foreground_weight, background_weight, attention_weight, global_weight: w_f, w_b, w_a and w_g.
         backend: "auto", "triton", "cpu" or "reference".
 
-    A student's map in half precision is copied to float32, so that the terms' gradients add up before they are rounded.
+    For its gradient a student's map in half precision is copied to float32, so that the terms' gradients add up before they
+    are rounded.
 
     Returns:
         A float32 scalar (float64 for float64 inputs), 0 for an empty batch. Where boxes cover the whole map the
@@ -136,9 +137,10 @@ def fgd_loss(
     if s.dim() != 4:
         raise ValueError(f"student_features must be (N, C, H, W), got shape {tuple(s.shape)}")
     backend = backends.resolve("fgd_loss", (s, t), backend, SUPPORTED)
-    (s,) = as_wide(s)  # several terms' gradients meet in it, and are rounded once
+    if backend == "reference" or (torch.is_grad_enabled() and s.requires_grad):
+        (s,) = as_wide(s)  # several terms' gradients meet in it, and are rounded once
     batch, size = s.shape[0], (s.shape[2], s.shape[3])
-    drawn, known = padded_boxes(boxes, batch, s.device, s.dtype)
+    drawn, known = padded_boxes(boxes, batch, s.device, torch.promote_types(s.dtype, torch.float32))
     scale = map_scale(image_size, size, batch, s.device)
     share = 1.0 / max(batch, 1)
 
