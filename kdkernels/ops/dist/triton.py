@@ -275,7 +275,7 @@ def total_kernel(
 @triton.jit
 def _pull(px, py, columns, cols, V, mask, mean, a, b, by_column, X: tl.constexpr, Y: tl.constexpr, B: tl.constexpr):
     """-d loss / d p of the side X. Columns are not looked at where they have no part in it."""
-    some = (cols < V) & (by_column != 0)
+    some = tl.where(by_column, cols < V, False)
     shift_x = tl.load(columns + 2 * X * V + cols, mask=some, other=0.0)
     delta_x = tl.load(columns + (2 * X + 1) * V + cols, mask=some, other=0.0)
     shift_y = tl.load(columns + 2 * Y * V + cols, mask=some, other=0.0)
