@@ -91,6 +91,9 @@ def channel_wise_div(
         num_items: divides the sum instead.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
+    Returns:
+        A float32 scalar (float64 for float64 inputs), or (N, C) of them.
+
     Raises:
         ValueError, TypeError, BackendError: as kl_div; ValueError also for features without a spatial axis.
     """
@@ -105,8 +108,8 @@ def channel_wise_div(
         raise ValueError(f"features must be (N, C, ...) with a spatial axis, got shape {tuple(student_features.shape)}")
     return row_divergence(
         "channel_wise_div", Kind.FORWARD_KL, student_features.flatten(2), teacher_features.flatten(2), what="features",
-        temperature=temperature, teacher_temperature=None, scale_by_t2=scale_by_t2, dim=-1, reduction=reduction,
-        weight=weight, labels=None, ignore_index=-100, num_items=num_items, backend=backend,
+        temperature=temperature, scale_by_t2=scale_by_t2, reduction=reduction, weight=weight, num_items=num_items,
+        backend=backend,
     )  # fmt: skip
 
 
@@ -138,6 +141,9 @@ def pixel_wise_div(
         num_items: divides the sum instead.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
+    Returns:
+        A float32 scalar (float64 for float64 inputs), or (N, ...) of them; 0 where all pixels are left out.
+
     Raises:
         ValueError, TypeError, IndexError, BackendError: as kl_div.
 
@@ -155,8 +161,8 @@ def pixel_wise_div(
         reduction = "sum"
     return row_divergence(
         "pixel_wise_div", Kind.FORWARD_KL if form == "kl" else Kind.SOFT_CROSS_ENTROPY, student_logits, teacher_logits,
-        temperature=temperature, teacher_temperature=None, scale_by_t2=scale_by_t2, dim=1, reduction=reduction,
-        weight=weight, labels=labels, ignore_index=ignore_index, num_items=num_items, backend=backend,
+        temperature=temperature, scale_by_t2=scale_by_t2, dim=1, reduction=reduction, weight=weight, labels=labels,
+        ignore_index=ignore_index, num_items=num_items, backend=backend,
     )  # fmt: skip
 
 
@@ -184,6 +190,9 @@ def lwf_loss(
         uniform: u, at least 0.
         dim, reduction, weight, num_items, backend: as kl_div.
 
+    Returns:
+        What kl_div returns: a float32 scalar (float64 for float64 inputs), or one value a row.
+
     Raises:
         ValueError, TypeError, BackendError: as kl_div.
     """
@@ -192,8 +201,8 @@ def lwf_loss(
     classes = student_logits.shape[dim]
     return row_divergence(
         "lwf_loss", Kind.SOFT_CROSS_ENTROPY, student_logits, teacher_logits, p0=uniform, p1=uniform / max(classes, 1),
-        temperature=temperature, teacher_temperature=None, scale_by_t2=False, dim=dim, reduction=reduction,
-        weight=weight, labels=None, ignore_index=-100, num_items=num_items, backend=backend,
+        temperature=temperature, scale_by_t2=False, dim=dim, reduction=reduction, weight=weight, num_items=num_items,
+        backend=backend,
     )  # fmt: skip
 
 
@@ -230,6 +239,9 @@ def auxiliary_heads_loss(
         num_items: divides instead of the number of rows kept.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
+    Returns:
+        A float32 scalar (float64 for float64 inputs).
+
     Raises:
         ValueError, TypeError, IndexError, BackendError: as distillation_loss; ValueError also for feature maps that differ.
     """
@@ -244,23 +256,18 @@ def auxiliary_heads_loss(
             "head_logits must be (M, *teacher_logits.shape): they have shapes "
             f"{tuple(head_logits.shape)} and {tuple(teacher_logits.shape)}"
         )
-    if not isinstance(labels, torch.Tensor):
-        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
-    checks.dense("labels", labels)
+    if labels is None:
+        raise TypeError("labels must be a tensor, got NoneType")
+    checks.integers("labels", labels, tuple(teacher_logits.shape[:-1]), teacher_logits.device)
     checks.items(num_items, teacher_logits)
-    if tuple(labels.shape) != tuple(teacher_logits.shape[:-1]):
-        raise ValueError(
-            f"labels must have the shape of teacher_logits without the class axis, {tuple(teacher_logits.shape[:-1])}; "
-            f"got {tuple(labels.shape)}"
-        )
     heads = head_logits.shape[0]
     features = _features_of_heads(head_features, teacher_feature, head_logits.device)
     # The mean over M N rows, M times: summed over heads, averaged over rows.
     loss = row_divergence(
         "auxiliary_heads_loss", Kind.SOFT_CROSS_ENTROPY, head_logits, teacher_logits.detach().expand_as(head_logits),
-        kd_weight=alpha * heads, ce_weight=(1 - alpha) * heads, scale_by_t2=True, temperature=temperature,
-        teacher_temperature=None, dim=-1, reduction="rowmean", weight=None, labels=labels.expand(heads, *labels.shape),
-        ignore_index=ignore_index, num_items=None if num_items is None else num_items * heads, backend=backend,
+        kd_weight=alpha * heads, ce_weight=(1 - alpha) * heads, temperature=temperature,
+        labels=labels.expand(heads, *labels.shape), ignore_index=ignore_index,
+        num_items=None if num_items is None else num_items * heads, backend=backend,
     )  # fmt: skip
     for feature in features:
         target = teacher_feature.detach()  # type: ignore[union-attr]
