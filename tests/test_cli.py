@@ -12,9 +12,9 @@ import pytest
 import toy
 
 import kdkernels
-from kdkernels import backends
+from kdkernels import backends, console
 from kdkernels.bench import select
-from kdkernels.cli import console, info, main
+from kdkernels.cli import info, main
 
 
 def test_info_says_what_runs_and_why_the_rest_does_not(capsys):

@@ -16,7 +16,7 @@ from typing import Any
 
 from kdkernels.bench.readme import NATIVE, result_files, verified
 from kdkernels.bench.results import duration, ratio, size
-from kdkernels.cli.console import markdown_table
+from kdkernels.console import markdown_table
 from kdkernels.ops.registry import Case, Spec, specs
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kdkernels.bench.results import describe_environment, duration, ratio, size
-from kdkernels.cli.console import markdown_table, without_empty
+from kdkernels.console import markdown_table, without_empty
 from kdkernels.losses.module import LossModule
 from kdkernels.ops.registry import Spec, specs
 

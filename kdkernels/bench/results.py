@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdkernels.bench.environment import write_json
-from kdkernels.cli.console import markdown_table, print_table, without_empty
+from kdkernels.console import markdown_table, print_table, without_empty
 
 SCHEMA = 1
 FORMATS = ("json", "csv", "md", "png")

@@ -8,7 +8,7 @@ import torch
 
 from kdkernels import backends
 from kdkernels.bench.inputs import DTYPES
-from kdkernels.cli.console import UsageError
+from kdkernels.console import UsageError
 from kdkernels.ops.registry import Case, Spec, specs
 
 

@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from kdkernels.cli.console import print_table
+from kdkernels.console import print_table
 
 TARGETS = ("cuda:80", "cuda:90", "hip:gfx942")
 MAX_SPILL = 32  # bytes a thread: a few scalars set aside, never a tile

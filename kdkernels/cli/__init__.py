@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 import kdkernels
-from kdkernels.cli.console import UsageError
+from kdkernels.console import UsageError
 
 COMMANDS = {
     "demo": "train a small student on real data with plain PyTorch's loss and with this one",

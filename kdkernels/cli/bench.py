@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from kdkernels.cli import console
+from kdkernels import console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import torch
 
-from kdkernels import backends
+from kdkernels import backends, console
 from kdkernels.bench import accuracy, select
 from kdkernels.bench.accuracy import Result
 from kdkernels.bench.environment import describe, write_json
-from kdkernels.cli import console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

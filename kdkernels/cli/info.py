@@ -13,9 +13,8 @@ from typing import Any
 import torch
 
 import kdkernels
-from kdkernels import backends, native
+from kdkernels import backends, console, native
 from kdkernels.bench.environment import cores, cpu_name, version
-from kdkernels.cli import console
 
 VARIABLES = (
     "KDKERNELS_BACKEND", "KDKERNELS_DEBUG", "KDKERNELS_CUDA", "KDKERNELS_NATIVE", "TRITON_INTERPRET", "TRITON_CACHE_DIR",

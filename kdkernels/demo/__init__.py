@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kdkernels.cli.console import UsageError
+from kdkernels.console import UsageError
 
 SCORES = "kd"
 TASKS = ("classification", "features", "segmentation", "lm")
@@ -185,7 +185,7 @@ def run(args: argparse.Namespace) -> int:
         UsageError: options that do not go together, or a device or backend that cannot run here.
     """
     from kdkernels.backends import BackendError
-    from kdkernels.cli.console import progress
+    from kdkernels.console import progress
 
     experiment, config = _chosen(args)
     try:

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 
 import kdkernels
 from kdkernels import backends, native
-from kdkernels.cli.console import print_table
+from kdkernels.console import print_table
 from kdkernels.demo import data, models
 from kdkernels.demo.report import gains, mean, of_students, speed
 from kdkernels.demo.train import Loss, Run, Settings, accuracy, train, wait
 
 if TYPE_CHECKING:
-    from kdkernels.cli.console import Reporter
+    from kdkernels.console import Reporter
 
 IMAGES_PER_CLASS = 10  # what a student gets to see
 BATCH, TEACHER_BATCH, HELD_OUT = 50, 64, 0.25

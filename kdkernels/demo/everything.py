@@ -15,7 +15,7 @@ import torch
 
 import kdkernels
 from kdkernels import backends
-from kdkernels.cli.console import print_table
+from kdkernels.console import print_table
 from kdkernels.demo import classification, data, language, models
 from kdkernels.demo.relations import BATCH, RELATIONS, UNLABELLED, Relation, enrolled
 from kdkernels.demo.report import Comparison, of_students
@@ -25,7 +25,7 @@ from kdkernels.demo.train import train
 from kdkernels.demo.ways import WAYS
 
 if TYPE_CHECKING:
-    from kdkernels.cli.console import Reporter
+    from kdkernels.console import Reporter
 
 T = {"temperature": 4.0}
 # By the name of the public function: its place in the models, its weight beside the labels, and its options.

@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import kdkernels
-from kdkernels.cli.console import print_table
+from kdkernels.console import print_table
 from kdkernels.demo import models
 from kdkernels.demo.classification import described, one_thread
 from kdkernels.demo.train import Settings
 from kdkernels.schemes import TeacherSequences
 
 if TYPE_CHECKING:
-    from kdkernels.cli.console import Reporter
+    from kdkernels.console import Reporter
 
 LENGTH, BATCH, PROMPT = 64, 16, 16
 HELD_OUT, SEEN = 40_000, 15_000  # characters

@@ -18,14 +18,14 @@ import torch.nn.functional as F
 
 import kdkernels
 from kdkernels import backends
-from kdkernels.cli.console import print_table
+from kdkernels.console import print_table
 from kdkernels.demo import classification, data, models
 from kdkernels.demo.report import gains, mean, of_students, speed
 from kdkernels.demo.train import Run, accuracy, train, wait
 from kdkernels.ops.registry import specs
 
 if TYPE_CHECKING:
-    from kdkernels.cli.console import Reporter
+    from kdkernels.console import Reporter
 
 BATCH, UNLABELLED, NEIGHBOURS = 50, 64, 5
 ALONE, PLAIN, FUSED = "labels alone", "plain PyTorch", "kdkernels"

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from kdkernels import backends
-from kdkernels.cli.console import print_table
+from kdkernels.console import print_table
 from kdkernels.demo import classification, data, language
 from kdkernels.demo.report import Comparison, of_students
 from kdkernels.demo.train import accuracy
 from kdkernels.demo.ways import WAYS, Problem
 
 if TYPE_CHECKING:
-    from kdkernels.cli.console import Reporter
+    from kdkernels.console import Reporter
 
 OF_TEXT = {"sequence": language.SEQUENCES, "on-policy": language.ON_POLICY}
 SCHEMES = (*WAYS, *OF_TEXT)

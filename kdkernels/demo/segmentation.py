@@ -20,13 +20,13 @@ from torch import nn
 
 import kdkernels
 from kdkernels import backends
-from kdkernels.cli.console import print_table
+from kdkernels.console import print_table
 from kdkernels.demo import classification, data, models
 from kdkernels.demo.report import gains, mean, of_students, speed
 from kdkernels.demo.train import wait
 
 if TYPE_CHECKING:
-    from kdkernels.cli.console import Reporter
+    from kdkernels.console import Reporter
 
 CLASSES = data.CLASSES + 1  # and the background
 INK = 0.3
