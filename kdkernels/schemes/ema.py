@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any
-
 import torch
 from torch import nn
 
 from kdkernels import checks
 from kdkernels.features.capture import unwrapped
+from kdkernels.schemes.copies import FrozenCopy
 from kdkernels.typed import typed
 
 HALVES = (torch.float16, torch.bfloat16)
 
 
-class EMATeacher(nn.Module):
+class EMATeacher(FrozenCopy):
     """A teacher whose weights are the exponential moving average of a student's.
 
         teacher = EMATeacher(student)
@@ -44,12 +42,11 @@ class EMATeacher(nn.Module):
 
     @typed
     def __init__(self, student: nn.Module, decay: float = 0.999, *, warmup: float | None = 2.0, buffers: str = "copy"):
-        super().__init__()
         checks.plain_number("decay", decay, low=0, high=1)
         checks.plain_number("warmup", warmup, low=1, open_low=True, optional=True)
         checks.choice("buffers", buffers, ("copy", "average"))
+        super().__init__(student)
         self.decay, self.warmup, self.updates = decay, warmup, 0
-        self.model = copy.deepcopy(unwrapped(student)).requires_grad_(False).eval()
         state = self._state(self.model)
         averages = [
             n
@@ -65,13 +62,6 @@ class EMATeacher(nn.Module):
     @staticmethod
     def _state(model: nn.Module) -> dict[str, torch.Tensor]:
         return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-    def train(self, mode: bool = True) -> EMATeacher:
-        return super().train(False)  # whoever calls train() on a whole model does not mean its teacher
-
-    @torch.no_grad()
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
 
     def current_decay(self) -> float:
         """The decay of the next update."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -13,10 +12,11 @@ from kdkernels import checks
 from kdkernels.features.capture import unwrapped
 from kdkernels.losses.logits import kl_div
 from kdkernels.losses.structured import lwf_loss
+from kdkernels.schemes.copies import FrozenCopy
 from kdkernels.typed import typed
 
 
-class SnapshotTeacher(nn.Module):
+class SnapshotTeacher(FrozenCopy):
     """A frozen copy of a model, renewed when you say so: the student of an earlier epoch as its own teacher.
 
         teacher = SnapshotTeacher(student)
@@ -36,15 +36,7 @@ class SnapshotTeacher(nn.Module):
 
     @typed
     def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = copy.deepcopy(unwrapped(model)).requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> SnapshotTeacher:
-        return super().train(False)
-
-    @torch.no_grad()
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+        super().__init__(model)
 
     def update(self, model: nn.Module) -> None:
         """Takes the model's present weights and buffers.
