@@ -32,25 +32,80 @@ void parallel_for(int64_t n, int64_t work, int64_t threads, const Body& body) {
   if (n > 0) body(0, n);
 }
 
-// 64-byte aligned floats that each thread keeps between calls, so that a call does not allocate.
+// What a thread's Scratches have done with, for its next ones. Fresh memory costs a fault a page,
+// which takes longer than many kernels write to it.
+class Kept {
+ public:
+  Kept() = default;
+  Kept(const Kept&) = delete;
+  Kept& operator=(const Kept&) = delete;
+  ~Kept() {
+    while (count_ > 0) drop(0);
+    closed_ = true;  // a Scratch may live longer
+  }
+
+  // The least block of at least n floats and its size, or null.
+  float* take(int64_t n, int64_t& size) {
+    int best = -1;
+    for (int i = 0; i < count_; ++i)
+      if (size_[i] >= n && (best < 0 || size_[i] < size_[best])) best = i;
+    if (best < 0) return nullptr;
+    float* const data = data_[best];
+    size = size_[best];
+    remove(best);
+    return data;
+  }
+  // The oldest make room.
+  void give(float* data, int64_t size) {
+    if (closed_ || !data || size > kMost) return std::free(data);
+    while (count_ == kBlocks || (count_ > 0 && total_ + size > kMost)) drop(0);
+    data_[count_] = data, size_[count_++] = size;
+    total_ += size;
+  }
+
+ private:
+  static constexpr int kBlocks = 16;
+  static constexpr int64_t kMost = int64_t{1} << 22;  // floats of all
+
+  void drop(int i) {
+    std::free(data_[i]);
+    remove(i);
+  }
+  void remove(int i) {
+    total_ -= size_[i];
+    --count_;
+    for (; i < count_; ++i) data_[i] = data_[i + 1], size_[i] = size_[i + 1];
+  }
+
+  float* data_[kBlocks];
+  int64_t size_[kBlocks], total_ = 0;
+  int count_ = 0;
+  bool closed_ = false;
+};
+
+inline Kept& kept() {
+  static thread_local Kept blocks;
+  return blocks;
+}
+
+// 64-byte aligned floats, not initialised.
 class Scratch {
  public:
   Scratch() = default;
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { std::free(data_); }
+  ~Scratch() { kept().give(data_, size_); }
 
   float* floats(int64_t n) {
-    if (n > size_) {
-      std::free(data_);
-      size_ = (n + 15) / 16 * 16;
-      data_ =
-          static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(size_) * sizeof(float)));
-      if (!data_) {
-        size_ = 0;
-        throw std::bad_alloc();
-      }
-    }
+    if (n <= size_) return data_;
+    kept().give(data_, size_);
+    size_ = 0;
+    data_ = kept().take(n, size_);
+    if (data_) return data_;
+    const int64_t whole = (n + 15) / 16 * 16;
+    data_ = static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(whole) * sizeof(float)));
+    if (!data_) throw std::bad_alloc();
+    size_ = whole;
     return data_;
   }
 
