@@ -335,15 +335,14 @@ def test_memory_is_quadratic() -> None:
 def test_operators(generator: torch.Generator) -> None:
     ops = torch.ops.kdkernels
     x, y = (torch.randn(7, 5, generator=generator) for _ in range(2))
-    (hi, lo), (other, other_lo) = (ops.pairwise_distance_forward(z, True, "cpu") for z in (x, y))
+    hi, _ = ops.pairwise_distance_forward(x, True, "cpu")
     mask = torch.rand(7, 7, generator=generator)
     torch.library.opcheck(ops.pairwise_distance_forward.default, (x, True, "cpu"))
     torch.library.opcheck(ops.pairwise_distance_forward.default, (x.half(), False, "cpu"))
     torch.library.opcheck(ops.pairwise_distance_backward.default, (x, hi, "cpu"))
-    scalars = torch.tensor([1.0, 1e-12, 0.0, 0.0])
-    torch.library.opcheck(ops.distance_match.default, (hi, other, mask, scalars, False, True, 1, True, False, "cpu"))
-    scalars = torch.tensor([1.0, 7.0**-3])
-    torch.library.opcheck(ops.triplet_angle.default, (hi, lo, other, other_lo, scalars, True, True, "cpu"))
+    scalars = torch.tensor([1.0, 1.0, 1e-12, 7.0**-3, 1.0])
+    for options in ((True, False, True, 1, False, True, False), (True, True, False, 0, True, True, True)):
+        torch.library.opcheck(ops.sample_relations.default, (x, y, mask, scalars, *options, "cpu"))
 
 
 @pytest.mark.parametrize("loss", LOSSES)

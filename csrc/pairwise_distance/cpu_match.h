@@ -11,6 +11,10 @@ struct Match {
   const float *student, *teacher, *mask;
   int64_t n;
   float beta, eps;
+  bool normalize;
+  int64_t reduction;
+  double weight;  // of the loss
+  bool add;       // the gradients to what is there
   int64_t threads;
 };
 
@@ -74,8 +78,9 @@ class Matcher {
                    b = measure(of_student ? p.teacher : p.student);
       const Floats c = huber_slope(difference(a, own, b, other) * inverse_beta, one);
       const Floats slope = c * own.inverse_mean - own.through_mean;
-      store_first(grad + i * m_.n + j, m_.n - j,
-                  scale * p.weight * slope * distance_slope(d2, a, eps, one, kSquared));
+      const Floats g = scale * p.weight * slope * distance_slope(d2, a, eps, one, kSquared);
+      float* const to = grad + i * m_.n + j;
+      store_first(to, m_.n - j, m_.add ? load_first(to, m_.n - j) + g : g);
     }
   }
 
@@ -129,8 +134,9 @@ void sum_rows(const Match& m, double* rows, double* total, const Visit& visit) {
     for (int64_t f = 0; f < kFields; ++f) total[f] += rows[i * kFields + f];
 }
 
+// The loss, and where they are wanted its gradients by both models' squared distances.
 template <bool kSquared, bool kMasked>
-void match(const Match& m, bool normalize, int64_t reduction, float* loss, float* ds, float* dt) {
+double match(const Match& m, float* ds, float* dt) {
   const Matcher<kSquared, kMasked> rows(m);
   Scratch memory;
   double* sums = reinterpret_cast<double*>(memory.floats(2 * kFields * m.n));
@@ -140,17 +146,17 @@ void match(const Match& m, bool normalize, int64_t reduction, float* loss, float
   const double mean_s = mean[3] > 0.0 ? mean[1] / mean[3] : 0.0,
                mean_t = mean[4] > 0.0 ? mean[2] / mean[4] : 0.0;
   Scale of_s, of_t;
-  if (normalize) {
+  if (m.normalize) {
     of_s.set_mean(mean_s);
     of_t.set_mean(mean_t);
   }
   sum_rows(m, sums, total, [&](int64_t i, double* out) { rows.values(i, of_s, of_t, out); });
   const double pairs = static_cast<double>(m.n) * static_cast<double>(m.n);
-  const double divisor = reduction == kAllPairs ? pairs : reduction == kKeptPairs ? kept : 1.0;
-  const double inverse = divisor != 0.0 ? 1.0 / divisor : 0.0;
-  *loss = static_cast<float>(total[0] * m.beta * inverse);
-  if (!ds && !dt) return;
-  if (normalize) {
+  const double divisor = m.reduction == kAllPairs ? pairs : m.reduction == kKeptPairs ? kept : 1.0;
+  const double inverse = divisor != 0.0 ? m.weight / divisor : 0.0;
+  const double loss = total[0] * m.beta * inverse;
+  if (!ds && !dt) return loss;
+  if (m.normalize) {
     if (mean_s > 0.0)
       of_s.through_mean = static_cast<float>(total[1] / (mean[3] * mean_s * mean_s));
     if (mean_t > 0.0)
@@ -163,6 +169,7 @@ void match(const Match& m, bool normalize, int64_t reduction, float* loss, float
       if (dt) rows.gradient(i, of_t, of_s, scale, false, dt);
     }
   });
+  return loss;
 }
 
 }  // namespace KDK_NAMESPACE

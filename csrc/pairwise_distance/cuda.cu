@@ -68,10 +68,10 @@ __global__ void __launch_bounds__(kThreads)
 
 constexpr int kWidth = 4 * kSide;  // features of a block, four a thread
 
-template <typename T>
+template <typename T, typename Out>
 __global__ void __launch_bounds__(kThreads)
     gradient_kernel(const T* x, int64_t row, int64_t n, int64_t features, const float* weights,
-                    T* dx, int64_t out_row) {
+                    Out* dx, int64_t out_row) {
   SMEM_STATIC(float, w, kSide*(kSide + 1));
   SMEM_STATIC(float, y, kSide* kWidth);
   const int64_t i0 = int64_t{blockIdx.x} * kSide, f0 = int64_t{blockIdx.y} * kWidth;
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const int64_t f = f0 + tx + k * kSide;
-    if (i < n && f < features) dx[i * out_row + f] = from_float<T>(sums[k]);
+    if (i < n && f < features) dx[i * out_row + f] = from_float<Out>(sums[k]);
   }
 }
 
@@ -228,13 +228,19 @@ void run_forward(Tensor x, Tensor hi, Tensor lo, int64_t device, int64_t stream)
          x.stride[0], n, x.shape[1], hi.as<float>(), lo.as<float>());
 }
 
-template <typename T>
+template <typename T, typename Out>
 void run_backward(Tensor x, Tensor weights, Tensor dx, int64_t device, int64_t stream) {
   const int64_t n = x.shape[0];
   const dim3 grid(static_cast<unsigned>(blocks_of(n, kSide)),
                   static_cast<unsigned>(blocks_of(x.shape[1], kWidth)));
-  launch({"pairwise_distance gradient", grid, dim3(kThreads), device, stream}, gradient_kernel<T>,
-         x.as<T>(), x.stride[0], n, x.shape[1], weights.as<float>(), dx.as<T>(), dx.stride[0]);
+  launch({"pairwise_distance gradient", grid, dim3(kThreads), device, stream},
+         gradient_kernel<T, Out>, x.as<T>(), x.stride[0], n, x.shape[1], weights.as<float>(),
+         dx.as<Out>(), dx.stride[0]);
+}
+template <typename T>
+void run_backward(Tensor x, Tensor weights, Tensor dx, int64_t device, int64_t stream) {
+  if (dx.dtype == DType::f32) return run_backward<T, float>(x, weights, dx, device, stream);
+  run_backward<T, T>(x, weights, dx, device, stream);
 }
 
 }  // namespace
@@ -251,7 +257,8 @@ KDK_EXPORT(pairwise_distance_forward)
 
 void pairwise_distance_backward(Tensor x, Tensor weights, Tensor dx, int64_t device,
                                 int64_t stream) {
-  require(dx.dtype == x.dtype, "pairwise_distance_backward: dx must have x's dtype");
+  require(dx.dtype == x.dtype || dx.dtype == DType::f32,
+          "pairwise_distance_backward: dx must be f32 or have x's dtype");
   switch (x.dtype) {
     case DType::f32: return run_backward<float>(x, weights, dx, device, stream);
     case DType::f16: return run_backward<__half>(x, weights, dx, device, stream);

@@ -97,14 +97,15 @@ class _Distances:
             return ~others(self.rows, self.student.device)
         return torch.eye(self.n, dtype=torch.bool, device=self.student.device)
 
-    def terms(
-        self, mask: torch.Tensor | None, distance: angles.Distances | None, angle: angles.Angles | None
-    ) -> tuple[torch.Tensor, ...]:
-        """The matches asked for, distance before angle."""
+    def match(
+        self, mask: torch.Tensor | None, distance: angles.Distances | None, angle: angles.Angles | None,
+        weights: tuple[Number, Number] = (1.0, 1.0),
+    ) -> torch.Tensor:  # fmt: skip
+        """The term asked for, or the weighted sum of both."""
         if self.rows is None and not self.reference:
             mask = None if mask is None else mask.detach().float().contiguous()
             return angles.relations(
-                self.student, self.teacher, mask, distance=distance, angle=angle, backend=self.backend
+                self.student, self.teacher, mask, distance=distance, angle=angle, weights=weights, backend=self.backend
             )
         made = []
         if distance is not None and self.rows is not None:
@@ -115,7 +116,7 @@ class _Distances:
             made.append(pairwise_reference.distance_match(*self.squared(), mask, **distance._asdict()))
         if angle is not None:
             made.append(angles_reference.triplet_angle(self.student, self.teacher, **angle._asdict()))
-        return tuple(made)
+        return made[0] if len(made) == 1 else weights[0] * made[0] + weights[1] * made[1]
 
 
 def rkd_distance_loss(
@@ -180,7 +181,7 @@ def rkd_distance_loss(
     checks.flag("squared", squared)
     checks.flag("mean_normalize", mean_normalize)
     term = angles.Distances(beta, eps, squared, mean_normalize, reduction)
-    return distances.terms(distances.pairs(mask, labels), term, None)[0]
+    return distances.match(distances.pairs(mask, labels), term, None)
 
 
 def rkd_angle_loss(
@@ -225,7 +226,7 @@ def rkd_angle_loss(
     checks.plain_number("beta", beta, low=0, open_low=True)
     checks.choice("reduction", reduction, angles.REDUCTIONS)
     distances = _Distances("rkd_angle_loss", student, teacher, normalize, backend, group)
-    return distances.terms(None, None, angles.Angles(beta, reduction))[0]
+    return distances.match(None, None, angles.Angles(beta, reduction))
 
 
 def rkd_loss(
@@ -276,8 +277,8 @@ def rkd_loss(
     checks.flag("squared", squared)
     checks.flag("mean_normalize", mean_normalize)
     term = angles.Distances(beta, eps, squared, mean_normalize, reduction)
-    distance, angle = distances.terms(distances.pairs(mask, labels), term, angles.Angles(beta, reduction))
-    return distance_weight * distance + angle_weight * angle
+    weights = distance_weight, angle_weight
+    return distances.match(distances.pairs(mask, labels), term, angles.Angles(beta, reduction), weights)
 
 
 def hard_dark_rank_loss(

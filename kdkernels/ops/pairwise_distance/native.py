@@ -22,8 +22,7 @@ def backward(backend: str, x: torch.Tensor, weights: torch.Tensor, dx: torch.Ten
 
 
 def match(backend: str, student: torch.Tensor, *args: Any) -> None:
-    """The entry distance_match; the arguments are op.py's."""
+    """The CUDA kernels' entry distance_match; the arguments are op.py's."""
     library = backends.library(backend)
-    pairs = student.numel()
-    scratch = () if backend == "cpu" else (student.new_empty(8 * -(-pairs // 1024) + 16),)
-    library.call("distance_match", student, *args, *scratch, *library.context(student))
+    scratch = student.new_empty(8 * -(-student.numel() // 1024) + 16)
+    library.call("distance_match", student, *args, scratch, *library.context(student))

@@ -13,7 +13,7 @@ from kdkernels.ops.scale.op import scaled
 REDUCTIONS = ("mean", "pairs", "sum")
 
 
-def _run(entry: str, backend: str, *args: Any) -> None:
+def run(entry: str, backend: str, *args: Any) -> None:
     """The kernel of this name, forward, backward or match, of a backend: one argument list for all."""
     if backend == "triton":
         from kdkernels.ops.pairwise_distance import triton
@@ -23,7 +23,7 @@ def _run(entry: str, backend: str, *args: Any) -> None:
         getattr(native, entry)(backend, *args)
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def rows(x: torch.Tensor) -> torch.Tensor:
     """x with its features side by side; rows may lie anywhere."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
@@ -33,7 +33,7 @@ def _forward(x: torch.Tensor, split: bool, backend: str) -> tuple[torch.Tensor, 
     hi = torch.empty(n, n, dtype=torch.float32, device=x.device)
     lo = hi.new_empty((n, n) if split else 0)
     if n:
-        _run("forward", backend, _rows(x), hi, lo if split else None)
+        run("forward", backend, rows(x), hi, lo if split else None)
     return hi, lo
 
 
@@ -46,7 +46,7 @@ def _forward_fake(x, split, backend):
 def _backward(x: torch.Tensor, weights: torch.Tensor, backend: str) -> torch.Tensor:
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.shape[0]:
-        _run("backward", backend, _rows(x), weights.contiguous(), dx)
+        run("backward", backend, rows(x), weights.contiguous(), dx)
     return dx
 
 
@@ -54,49 +54,11 @@ def _backward_fake(x, weights, backend):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _match(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    mask: torch.Tensor | None,
-    scalars: torch.Tensor,
-    squared: bool,
-    normalize: bool,
-    reduction: int,
-    want_student: bool,
-    want_teacher: bool,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    loss = student.new_empty(())
-    ds = torch.empty_like(student) if want_student else student.new_empty(0)
-    dt = torch.empty_like(teacher) if want_teacher else teacher.new_empty(0)
-    if student.shape[0] == 0:
-        return loss.zero_(), ds, dt
-    _run(
-        "match", backend, student, teacher, mask, scalars, loss.view(1), ds if want_student else None,
-        dt if want_teacher else None, int(squared), int(normalize), reduction,
-    )  # fmt: skip
-    return loss, ds, dt
-
-
-def _match_fake(student, teacher, mask, scalars, squared, normalize, reduction, want_student, want_teacher, backend):
-    return (
-        student.new_empty(()),
-        torch.empty_like(student) if want_student else student.new_empty(0),
-        torch.empty_like(teacher) if want_teacher else teacher.new_empty(0),
-    )
-
-
 distances = define(
     "pairwise_distance_forward(Tensor x, bool split, str backend) -> (Tensor, Tensor)", _forward, _forward_fake
 )
 distances_backward = define(
     "pairwise_distance_backward(Tensor x, Tensor weights, str backend) -> Tensor", _backward, _backward_fake
-)
-match = define(
-    "distance_match(Tensor student, Tensor teacher, Tensor? mask, Tensor scalars, bool squared, bool normalize, "
-    "int reduction, bool want_student, bool want_teacher, str backend) -> (Tensor, Tensor, Tensor)",
-    _match,
-    _match_fake,
 )
 
 

@@ -51,21 +51,22 @@ def scaled(grads: Sequence[torch.Tensor], factor: torch.Tensor, backend: str) ->
 
 
 class StoredGradients(torch.autograd.Function):
-    """Joins a loss to inputs whose gradients were made with it, for an upstream gradient of 1."""
+    """Joins a loss to inputs whose gradients were made with it, for an upstream gradient of 1: in float32, or in their dtype."""
 
     @staticmethod
     def forward(
         ctx: Any, operation: str, backend: str, made: tuple[torch.Tensor, ...], *inputs: torch.Tensor
     ) -> torch.Tensor:
-        ctx.about = operation, backend
+        ctx.about = operation, backend, [x.dtype for x in inputs]
         ctx.save_for_backward(*made)
         return made[0]
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> Any:
-        operation, backend = ctx.about
-        output, *grads = ctx.saved_tensors
-        return (None, None, None, *first_order(operation, output, scaled(grads, upstream, backend)))
+        operation, backend, dtypes = ctx.about
+        output, *made = ctx.saved_tensors
+        grads = [g if g.dtype == d else g.to(d) for g, d in zip(scaled(made, upstream, backend), dtypes)]
+        return (None, None, None, *first_order(operation, output, grads))
 
 
 # Function.apply is a layer of Python for functorch's transforms over this one, and takes 2 us.
@@ -75,7 +76,7 @@ _apply = super(torch.autograd.Function, StoredGradients).apply
 def with_gradients(
     operation: str, backend: str, loss: torch.Tensor, grads: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """The loss, through which `inputs` get `grads`: dense tensors, which this takes over."""
+    """The loss, through which `inputs` get `grads`: dense tensors, float32 or of their inputs' dtypes, which this takes over."""
     layered = looked_at(loss) or torch._C._are_functorch_transforms_active()
     return (StoredGradients.apply if layered else _apply)(operation, backend, (loss, *grads), *inputs)
 

@@ -1,60 +1,65 @@
-"""The operator of triplet angles, and the relations of samples with their gradient: distances, angles, or both."""
+"""The operator of relations between samples: the match of distances, of triplets' angles, or of both, and its gradient."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from kdkernels.ops.library import define, first_order
+from kdkernels.ops.library import define
 from kdkernels.ops.pairwise_distance import op as pairwise
-from kdkernels.ops.scalars import pack
-from kdkernels.ops.scale.op import scaled
-from kdkernels.ops.triplet_angle import native
+from kdkernels.ops.scalars import Number, pack
+from kdkernels.ops.scale.op import with_gradients
+from kdkernels.ops.triplet_angle import native, stages
 
 REDUCTIONS = ("mean", "sum")
+Outputs = tuple[torch.Tensor, list[torch.Tensor]]
 
 
-def _forward(
+def _relations(
     student: torch.Tensor,
-    student_lo: torch.Tensor,
     teacher: torch.Tensor,
-    teacher_lo: torch.Tensor,
+    mask: torch.Tensor | None,
     scalars: torch.Tensor,
+    distance: bool,
+    squared: bool,
+    normalize: bool,
+    reduction: int,
+    angle: bool,
     want_student: bool,
     want_teacher: bool,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    loss = student.new_empty(())
-    ds = torch.empty_like(student) if want_student else student.new_empty(0)
-    dt = torch.empty_like(teacher) if want_teacher else teacher.new_empty(0)
+) -> Outputs:
+    loss, grads = _outputs(student, teacher, want_student, want_teacher)
     if student.shape[0] == 0:
-        return loss.zero_(), ds, dt
-    args = (
-        student, student_lo, teacher, teacher_lo, scalars, loss.view(1),
-        ds if want_student else None, dt if want_teacher else None,
+        return loss.zero_(), grads
+    run = native.relations if backend == "cpu" else stages.relations
+    run(
+        backend, pairwise.rows(student), pairwise.rows(teacher), mask, scalars, loss.view(1),
+        grads[0] if want_student else None, grads[-1] if want_teacher else None,
+        distance, squared, normalize, reduction, angle,
     )  # fmt: skip
-    if backend == "triton":
-        from kdkernels.ops.triplet_angle import triton
-
-        triton.forward(*args)
-    else:
-        native.forward(backend, *args)
-    return loss, ds, dt
+    return loss, grads
 
 
-def _fake(student, student_lo, teacher, teacher_lo, scalars, want_student, want_teacher, backend):
-    return (
-        student.new_empty(()),
-        torch.empty_like(student) if want_student else student.new_empty(0),
-        torch.empty_like(teacher) if want_teacher else teacher.new_empty(0),
-    )
+def _outputs(student: torch.Tensor, teacher: torch.Tensor, want_student: bool, want_teacher: bool) -> Outputs:
+    """Room for the loss and the wanted gradients: float32, since their upstream scale is not known yet."""
+    inputs = ((student, want_student), (teacher, want_teacher))
+    return student.new_empty((), dtype=torch.float32), [
+        torch.empty(x.shape, dtype=torch.float32, device=x.device) for x, want in inputs if want
+    ]
 
 
-angles = define(
-    "triplet_angle(Tensor student, Tensor student_lo, Tensor teacher, Tensor teacher_lo, Tensor scalars, "
-    "bool want_student, bool want_teacher, str backend) -> (Tensor, Tensor, Tensor)",
-    _forward,
+def _fake(
+    student, teacher, mask, scalars, distance, squared, normalize, reduction, angle, want_student, want_teacher, backend
+):
+    return _outputs(student, teacher, want_student, want_teacher)
+
+
+relations_op = define(
+    "sample_relations(Tensor student, Tensor teacher, Tensor? mask, Tensor scalars, bool distance, bool squared, "
+    "bool normalize, int reduction, bool angle, bool want_student, bool want_teacher, str backend) -> (Tensor, Tensor[])",
+    _relations,
     _fake,
 )
 
@@ -76,54 +81,7 @@ class Angles(NamedTuple):
     reduction: str  # "mean" over N^3, or "sum"
 
 
-def _terms(
-    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, distance: Distances | None,
-    angle: Angles | None, wanted: tuple[bool, bool], backend: str,
-) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:  # fmt: skip
-    """For each term its loss, and the gradients of both models' squared distances."""
-    s, s_lo = pairwise.distances(student, angle is not None, backend)
-    t, t_lo = pairwise.distances(teacher, angle is not None, backend)
-    made = []
-    if distance is not None:
-        beta, eps, squared, normalize, reduction = distance
-        flags = squared, normalize, pairwise.REDUCTIONS.index(reduction), *wanted, backend
-        made.append(pairwise.match(s, t, mask, pack((beta, eps, 0.0, 0.0)), *flags))
-    if angle is not None:
-        beta, reduction = angle
-        scale = 1.0 / max(student.shape[0] ** 3, 1) if reduction == "mean" else 1.0
-        made.append(angles(s, s_lo, t, t_lo, pack((beta, scale)), *wanted, backend))
-    return made
-
-
-class Relations(torch.autograd.Function):
-    """Losses and the gradients of the squared distances in one pass; the samples' gradients in the backward.
-
-    The stored gradients are float32 whatever the samples are, and the first parts' stand for those of the sums, so
-    float16 needs no other path.
-    """
-
-    @staticmethod
-    def forward(ctx, student, teacher, mask, distance, angle, backend):
-        made = _terms(student, teacher, mask, distance, angle, ctx.needs_input_grad[:2], backend)
-        ctx.save_for_backward(student, teacher, *[tensor for term in made for tensor in term])
-        ctx.backend = backend
-        return tuple([loss for loss, _, _ in made])
-
-    @staticmethod
-    def backward(ctx, *upstream):
-        with torch.no_grad():
-            student, teacher, *made = ctx.saved_tensors
-            grads = []
-            for model, x in enumerate((student, teacher)):
-                if not ctx.needs_input_grad[model]:
-                    grads.append(None)
-                    continue
-                weights = None
-                for term, factor in enumerate(upstream):
-                    (own,) = scaled((made[3 * term + 1 + model],), factor, ctx.backend)
-                    weights = own if weights is None else weights + own
-                grads.append(pairwise.distances_backward(x, weights, ctx.backend))
-        return (*first_order("relational losses", made[0], tuple(grads)), None, None, None, None)
+NO_DISTANCES, NO_ANGLES = Distances(1.0, 0.0, False, False, "sum"), Angles(1.0, "sum")
 
 
 def relations(
@@ -133,17 +91,32 @@ def relations(
     *,
     distance: Distances | None = None,
     angle: Angles | None = None,
+    weights: tuple[Number, Number] = (1.0, 1.0),
     backend: str,
-) -> tuple[torch.Tensor, ...]:
-    """The matches asked for, distance before angle, of two models' samples (N, D).
+) -> torch.Tensor:
+    """The weighted sum of the matches asked for of two models' samples (N, D), each with its own D.
 
     Args:
-        student, teacher: samples, each with its own D.
+        student, teacher: samples.
         mask: a weight for every ordered pair, float32 (N, N), of the distances; the diagonal never counts.
         distance, angle: the terms.
+        weights: of the distance and of the angle.
         backend: a resolved one, not "auto" or "reference".
     """
-    if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
-        return Relations.apply(student, teacher, mask, distance, angle, backend)
-    made: Any = _terms(student, teacher, mask, distance, angle, (False, False), backend)
-    return tuple([loss for loss, _, _ in made])
+    u, v = weights
+    if isinstance(u, torch.Tensor) or isinstance(v, torch.Tensor):  # kernels take numbers
+        terms = ((u, {"distance": distance}), (v, {"angle": angle}))
+        losses = [w * relations(student, teacher, mask, **term, backend=backend) for w, term in terms]  # type: ignore[arg-type]
+        return losses[0] + losses[1]
+    beta, eps, squared, normalize, reduction = distance or NO_DISTANCES
+    angle_beta, angle_reduction = angle or NO_ANGLES
+    scale = v / max(student.shape[0] ** 3, 1) if angle_reduction == "mean" else v
+    inputs = student, teacher
+    wanted = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
+    loss, grads = relations_op(
+        student, teacher, mask, pack((u, beta, eps, scale, angle_beta)), distance is not None, squared, normalize,
+        pairwise.REDUCTIONS.index(reduction), angle is not None, *wanted, backend,
+    )  # fmt: skip
+    if not grads:
+        return loss
+    return with_gradients("relational losses", backend, loss, grads, [x for x, want in zip(inputs, wanted) if want])
