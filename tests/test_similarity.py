@@ -500,6 +500,7 @@ def test_operator(generator: torch.Generator) -> None:
     scalars = torch.tensor([1.0, 1.0, 1.0, 1e-7, 0.4])
     torch.library.opcheck(op, (s, t, None, None, scalars, 4, 2, 0, 3, "cpu"))
     torch.library.opcheck(op, (s.half(), t, None, None, scalars, 1, 1, 2, 1, "cpu"))
+    torch.library.opcheck(op, (s[0], t[1].half(), None, None, scalars, 2, 0, 0, 2, "cpu"))
     torch.library.opcheck(op, (s.mT, s.mT, None, None, scalars, 0, 3, 0, 3, "cpu"))
     torch.library.opcheck(op, (s, s[:, :2], None, None, scalars, 5, 1, 0, 3, "cpu"))
     torch.library.opcheck(op, (s, t, s[:, :3], t[:, :3], scalars, 0, 0, 0, 15, "cpu"))

@@ -123,7 +123,7 @@ def global_structure_loss(
     if kernel == "linear":
         n = student.shape[0]
         return gram_match(
-            student.unsqueeze(0), teacher.unsqueeze(0), kind=Kind.LINEAR,
+            student, teacher, kind=Kind.LINEAR,
             normalize=Normalize.CLAMPED if normalize else Normalize.NONE,
             scale=1.0 / max(n * n, 1) if reduction == "mean" else 1.0, backend=backend,
         )  # fmt: skip

@@ -34,7 +34,7 @@ class _Batch:
             from kdkernels.distributed.row_losses import gram_match as of_rows
 
             return of_rows(self.student, self.teacher, self.rows, **options)
-        return gram_match(self.student.unsqueeze(0), self.teacher.unsqueeze(0), **options, backend=self.backend)
+        return gram_match(self.student, self.teacher, **options, backend=self.backend)
 
 
 def similarity_preserving_loss(

@@ -53,12 +53,12 @@ def gram_match(
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     s, t = student.to(dtype), teacher.to(dtype)
     if normalize == Normalize.COLUMNS:
-        s, t = unit(s, 1, eps), unit(t, 1, eps)
+        s, t = unit(s, -2, eps), unit(t, -2, eps)
     elif normalize != Normalize.NONE:
-        s, t = (unit(x, 2, eps, normalize == Normalize.SHIFTED) for x in (s, t))
+        s, t = (unit(x, -1, eps, normalize == Normalize.SHIFTED) for x in (s, t))
     if kind == Kind.SIGNED:
-        rows = torch.cat([s, t], 1)
-        weight = torch.cat([s.new_full(s.shape[1:2], 1 / s.shape[1]), s.new_full(t.shape[1:2], -1 / t.shape[1])])
+        rows = torch.cat([s, t], -2)
+        weight = torch.cat([x.new_full(x.shape[-2:-1], sign / x.shape[-2]) for x, sign in ((s, 1), (t, -1))])
         squares = (rows @ rows.mT).square()
         return scale * (weight[:, None] * weight * squares).sum()
     g = factors[0] * (s @ (s if student_other is None else student_other.to(dtype)).mT)
