@@ -144,7 +144,7 @@ def value_kernel(
 
 
 @triton.jit
-def total_kernel(partial, sums, parts, stride, fields, B: tl.constexpr):
+def total_kernel(partial, sums, parts, stride, B: tl.constexpr):
     """sums[f] = sum of partial[p * stride + f] over p in their order; one program a field."""
     f = tl.program_id(0)
     acc = tl.zeros([B], tl.float64)
@@ -232,11 +232,11 @@ def match(
     options = {"B": BLOCK, "SQUARED": bool(squared), "num_warps": 4}
     with on(student.device):
         mean_kernel[(programs,)](student, teacher, mask, partial, n, eps, **options)
-        total_kernel[(5,)](partial, sums, programs, FIELDS, 5, B=BLOCK)
+        total_kernel[(5,)](partial, sums, programs, FIELDS, B=BLOCK)
         value_kernel[(programs,)](
             student, teacher, mask, sums, partial, n, eps, beta, **options, NORMALIZE=bool(normalize)
         )
-        total_kernel[(3,)](partial, sums[1], programs, FIELDS, 3, B=BLOCK)
+        total_kernel[(3,)](partial, sums[1], programs, FIELDS, B=BLOCK)
         gradients = ds is not None or dt is not None
         match_kernel[(programs if gradients else 1,)](
             student, teacher, mask, sums, sums[1], loss, ds, dt, n, eps, beta, 1.0 / (n * n) if reduction == 0 else 1.0,

@@ -141,7 +141,7 @@ def forward(
             angle_kernel[(tiles, tiles)](*t, *s, partial, dt, n, beta, scale, **options)
         if ds is not None or dt is None:
             angle_kernel[(tiles, tiles)](*s, *t, partial, ds, n, beta, scale, **options)
-        total_kernel[(1,)](partial, sums, tiles * tiles, 1, 1, B=BLOCK)
+        total_kernel[(1,)](partial, sums, tiles * tiles, 1, B=BLOCK)
         finish_kernel[(1,)](sums, loss, beta * scale)
 
 
