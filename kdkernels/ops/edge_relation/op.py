@@ -8,7 +8,7 @@ import torch
 
 from kdkernels.ops.edge_relation import native, reference
 from kdkernels.ops.library import define, first_order
-from kdkernels.ops.pairwise_distance.op import stored_gradients
+from kdkernels.ops.scale.op import with_gradients
 
 BACKENDS = ("triton", "cpu", "reference")
 
@@ -173,22 +173,6 @@ class EdgeValues(torch.autograd.Function):
         return dx, None, None, None
 
 
-class EdgeDivergence(torch.autograd.Function):
-    """Loss and both gradients at once."""
-
-    @staticmethod
-    def forward(ctx, student, teacher, target, arriving, squares, backend):
-        loss, ds, dt = divergence_op(student, teacher, target, arriving, squares, *ctx.needs_input_grad[:2])
-        ctx.save_for_backward(loss, ds, dt)
-        ctx.backend = backend
-        return loss
-
-    @staticmethod
-    def backward(ctx, upstream):
-        grads = stored_gradients(ctx, "edge_relation", upstream, ctx.needs_input_grad[:2])
-        return (*grads, None, None, None, None)
-
-
 def edge_values(x: torch.Tensor, edges: Edges, *, products: bool, backend: str) -> torch.Tensor:
     """Squared distances (or scalar products) of the two nodes of every edge.
 
@@ -214,4 +198,11 @@ def edge_divergence(
     """
     if backend == "reference":
         return reference.edge_divergence(student, teacher, edges.target, edges.arriving.shape[0] - 1, squares)
-    return EdgeDivergence.apply(student, teacher, edges.target, edges.arriving, squares, backend)
+    wants = [torch.is_grad_enabled() and x.requires_grad for x in (student, teacher)]
+    with torch.no_grad():
+        loss, *made = divergence_op(student, teacher, edges.target, edges.arriving, squares, *wants)
+    if not any(wants):
+        return loss
+    grads = [g for g, want in zip(made, wants) if want]
+    learners = [x for x, want in zip((student, teacher), wants) if want]
+    return with_gradients("edge_relation", backend, loss, grads, learners)

@@ -8,7 +8,6 @@ import torch
 
 from kdkernels.ops.library import define, first_order
 from kdkernels.ops.pairwise_distance import native
-from kdkernels.ops.scale.op import scaled
 
 REDUCTIONS = ("mean", "pairs", "sum")
 
@@ -84,20 +83,6 @@ class SquaredDistances(torch.autograd.Function):
             dx = distances_backward(x, weights, ctx.backend)
         (dx,) = first_order("pairwise_distance", hi, (dx,))
         return dx, None, None
-
-
-def stored_gradients(
-    ctx: Any, operation: str, upstream: torch.Tensor, wanted: tuple[bool, bool]
-) -> tuple[torch.Tensor | None, ...]:
-    """Gradients to two distance matrices that a forward made along with its loss, times the upstream one.
-
-    They are float32 whatever the samples are, so nothing underflows before the upstream scale comes.
-    """
-    with torch.no_grad():
-        loss, *made = ctx.saved_tensors
-        grads = tuple(g for g, want in zip(made, wanted) if want)
-        grads = iter(scaled(grads, upstream, ctx.backend))
-    return first_order(operation, loss, tuple(next(grads) if want else None for want in wanted))
 
 
 def squared_distances(x: torch.Tensor, *, backend: str, split: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -64,7 +64,7 @@ def distance_match(
     normalize: bool,
     reduction: str,
 ) -> torch.Tensor:
-    """The same operation as op.distance_match, whose docstring says what each argument is."""
+    """The distance term of triplet_angle/op.py's relations, whose `Distances` says what each option is."""
     n = student.shape[0]
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     keep = torch.ones(n, n, dtype=dtype, device=student.device) if mask is None else mask.to(dtype)

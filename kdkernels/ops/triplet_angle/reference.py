@@ -22,7 +22,7 @@ def _cosines(x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
 
 
 def triplet_angle(student: torch.Tensor, teacher: torch.Tensor, *, beta: float, reduction: str) -> torch.Tensor:
-    """The loss of op.triplet_angle, from samples (N, D) instead of distances."""
+    """The angle term of op.py's relations."""
     n = student.shape[0]
     dtype = torch.promote_types(student.dtype, teacher.dtype)
 
