@@ -128,6 +128,11 @@ def order(device: str) -> tuple[str, ...]:
     return ("cpu", "reference") if device == "cpu" else ("cuda", "triton", "reference")
 
 
+def transformed() -> bool:
+    """Inside torch.func's transforms or forward-mode differentiation, of which a kernel's backward knows nothing."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
 def resolve(
     operation: str,
     tensors: tuple[torch.Tensor, ...],
@@ -150,6 +155,13 @@ def resolve(
         raise TypeError(f"backend must be a name, got {type(backend).__name__}")
     if backend == "auto":
         backend = requested()
+    if not torch.compiler.is_compiling() and transformed():
+        if backend in ("auto", "reference"):
+            return "reference"
+        raise BackendError(
+            f"{operation} cannot run on backend {backend!r}: kernels have neither torch.func's transforms nor forward-mode "
+            "derivatives; 'reference' has, and 'auto' takes it there"
+        )
     device = tensors[0].device.type
     fused = True
     for t in tensors:

@@ -15,7 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from kdkernels import distillation_loss, kl_div
+import kdkernels
+from kdkernels import backends, distillation_loss, kl_div
 from kdkernels.ops.row_divergence.kinds import STATS
 
 OPS = torch.ops.kdkernels
@@ -405,3 +406,30 @@ def test_torch_func_and_inference_mode(generator: torch.Generator) -> None:
     loss.backward()
     with torch.no_grad():
         assert not kl_div(s, t).requires_grad
+
+
+@pytest.mark.parametrize(
+    "name", ["kl_div", "dist_loss", "hint_loss", "attention_transfer_loss", "cosine_loss", "rkd_loss", "nst_loss"]
+)
+def test_transforms_of_torch_func(name: str, generator: torch.Generator) -> None:
+    """They go to the reference, and forward-mode derivatives too, which a kernel would leave out silently."""
+    x, t, tangent = (torch.randn(2, 3, 2, 2, generator=generator) for _ in range(3))
+    shape = x.shape if name in ("hint_loss", "attention_transfer_loss", "nst_loss") else (6, 4)
+    x, t, tangent = (v.reshape(shape) for v in (x, t, tangent))
+
+    def loss(x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+        return getattr(kdkernels, name)(x, t, backend=backend)
+
+    loss(x)  # what is remembered of this must not be taken
+    x.requires_grad_()
+    (expected,) = torch.autograd.grad(loss(x, "reference"), x)
+    x.requires_grad_(False)
+    torch.testing.assert_close(torch.func.grad(loss)(x), expected)
+    along = (expected * tangent).sum()
+    close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-6, check_dtype=False)
+    close(torch.func.jvp(loss, (x,), (tangent,))[1], along)
+    forward_ad = torch.autograd.forward_ad
+    with forward_ad.dual_level():
+        close(forward_ad.unpack_dual(loss(forward_ad.make_dual(x, tangent))).tangent, along)
+    with pytest.raises(backends.BackendError, match="torch.func"):
+        torch.func.grad(lambda x: loss(x, "cpu"))(x)

@@ -93,7 +93,7 @@ def _covered(input: torch.Tensor, target: torch.Tensor, reduction: str, log_targ
         return False
     if target.requires_grad and torch.is_grad_enabled() and not log_target:
         return False
-    if _differentiating_functionally():
+    if not torch.compiler.is_compiling() and backends.transformed():
         return False
     return backends.resolve("torch.nn.functional.kl_div", (input, target)) != "reference"
 
@@ -109,13 +109,6 @@ def _rows(input: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torc
     # The densest axis, the last one if there is a choice.
     strides = [stride if size > 1 else input.numel() for size, stride in zip(input.shape, input.stride(), strict=True)]
     return input, target, max(d for d, stride in enumerate(strides) if stride == min(strides))
-
-
-def _differentiating_functionally() -> bool:
-    """Inside torch.func transforms and forward-mode AD, which a kernel's autograd.Function does not have."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 class KLDivLoss(torch.nn.KLDivLoss):

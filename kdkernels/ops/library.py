@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 
+from kdkernels import backends
+
 LIBRARY = torch.library.Library("kdkernels", "DEF")
 TENSORS = {torch.Tensor, torch.nn.Parameter}  # and no subclass, whose operations may be its own
 
 
 def looked_at(*tensors: torch.Tensor) -> bool:
-    """Whether something looks on: torch.compile, a dispatch mode, a tensor subclass."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    """Whether something looks on: torch.compile, a dispatch mode, a transform of torch.func, a tensor subclass."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or backends.transformed():
         return True
     for x in tensors:  # noqa: SIM110 (a generator would take three times as long)
         if type(x) not in TENSORS:

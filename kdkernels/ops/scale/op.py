@@ -77,8 +77,7 @@ def with_gradients(
     operation: str, backend: str, loss: torch.Tensor, grads: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """The loss, through which `inputs` get `grads`: dense tensors, float32 or of their inputs' dtypes, which this takes over."""
-    layered = looked_at(loss) or torch._C._are_functorch_transforms_active()
-    return (StoredGradients.apply if layered else _apply)(operation, backend, (loss, *grads), *inputs)
+    return (StoredGradients.apply if looked_at(loss) else _apply)(operation, backend, (loss, *grads), *inputs)
 
 
 def learners(tensors: Sequence[Any], wanted: Sequence[bool]) -> tuple[torch.Tensor, ...]:
