@@ -34,6 +34,7 @@ ALLOWED = {
     ("ops/scalars.py", "float", "float(v), device=device"): "a number, or a tensor on the CPU: the condition follows",
     ("ops/*/triton*.py", "tolist", "scalars.tolist()"): "packed numbers, read where they are on the CPU",
     ("ops/*/triton.py", "float", "float(scalars[0])"): "the same, of one number",
+    ("ops/triplet_angle/stages.py", "tolist", "scalars.tolist()"): "numbers: weights that are tensors never come here",
     ("ops/linear_divergence/*.py", "nonzero", "kept = "): "compact=True asks for it",
     ("losses/*.py", "int", "aminmax()"): "a check behind readable()",
     ("schemes/early_exit.py", "int", "sure.sum()"): "who goes on decides the next batch's size, as its docstring says",
