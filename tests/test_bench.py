@@ -278,7 +278,7 @@ def _script(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_gpu_script_dry_run_names_every_stage_and_runs_what_needs_no_gpu():
     done = _script("--dry-run")
     assert done.returncode == 0, done.stdout + done.stderr
-    for stage in ("build", "tests", "sanitizer", "ceilings", "check", "bench"):
+    for stage in ("build", "smoke", "tests", "sanitizer", "ceilings", "check", "bench"):
         assert f"=== {stage}: ok" in done.stdout
     for tool in ("memcheck", "racecheck", "synccheck"):
         assert f"compute-sanitizer --tool {tool}" in done.stdout
