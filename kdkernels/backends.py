@@ -17,6 +17,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from kdkernels import native
 
@@ -85,6 +86,17 @@ def _unavailable(backend: str, device: str) -> str | None:
             return "this is a ROCm build of torch; use triton"
         if torch.cuda.get_device_capability() < (8, 0):
             return "the CUDA kernels need compute capability 8.0 or newer"
+        with _disable_current_modes():  # a real tensor, also where fake ones are being traced
+            return does_not_start(library(backend), torch.ones(1, device=device))
+    return None
+
+
+def does_not_start(kernels: Any, one: torch.Tensor) -> str | None:
+    """Why not even the smallest kernel starts, or None: a driver older than the toolkit says so at the first launch only."""
+    try:
+        kernels.call("scale_in_place", one, one, *kernels.context(one))
+    except RuntimeError as error:
+        return f"the CUDA kernels do not start here: {error} (update the driver, or build with the toolkit that it is of)"
     return None
 
 

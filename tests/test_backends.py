@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -178,6 +179,36 @@ def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BackendError, match="triton is not installed \\(pip install triton\\)"):
         kl_div(X32, X32, backend="triton")
+
+
+class Refusing:
+    """CUDA kernels whose every launch fails."""
+
+    def context(self, tensor: torch.Tensor) -> tuple[int, ...]:
+        return 0, 0
+
+    def call(self, name: str, *args: Any) -> None:
+        raise RuntimeError(f"{name}: CUDA driver version is insufficient for CUDA runtime version")
+
+
+def test_cuda_kernels_that_do_not_start_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    why = r"do not start here: scale_in_place: CUDA driver version is insufficient .*update the driver"
+    monkeypatch.setitem(backends._libraries, "cuda", Refusing())
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setitem(backends._devices, "cuda", "cpu")  # tensors of this machine stand in for those of a GPU
+    assert re.search(why, str(backends.unavailable("cuda", "cpu")))
+    with pytest.raises(BackendError, match=f"kl_div cannot run on backend 'cuda': the CUDA kernels {why}"):
+        kl_div(X32, X32, backend="cuda")
+    monkeypatch.setattr(backends, "order", lambda device: ("cuda", "reference"))
+    assert resolve("f", (X32,)) == "reference"
+
+
+@pytest.mark.skipif(GPU or not backends.library("cuda"), reason="wants CUDA kernels and no GPU: KDKERNELS_CUDA=1")
+def test_without_a_gpu_a_launch_is_an_error_and_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = backends.library("cuda")
+    monkeypatch.setattr(kernels, "context", lambda tensor: (0, 0))
+    assert "CUDA" in str(backends.does_not_start(kernels, torch.ones(1)))
 
 
 def test_an_operation_that_a_backend_lacks_falls_back_and_says_so_once() -> None:
