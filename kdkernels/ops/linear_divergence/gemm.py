@@ -13,6 +13,7 @@ import torch
 # Classes of a slab. For a CPU so few that its rows are still in the cache when the product packs them: MKL multiplies a
 # quarter faster than with 32000 classes at once.
 SLAB = {"cpu": 1024, "cuda": 16384}
+WIDENS = "dtype_out" in torch.ops.aten.mm.overloads()  # a product may be wider than its operands: from torch 2.8 on
 
 
 class Products:
@@ -21,7 +22,7 @@ class Products:
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor):
         self.hidden, self.weight = hidden, weight
         # Whether the device multiplies the two as they are, though they are not float32.
-        self.narrow = hidden.is_cuda and hidden.dtype == weight.dtype != torch.float32
+        self.narrow = WIDENS and hidden.is_cuda and hidden.dtype == weight.dtype != torch.float32
         self._slab: torch.Tensor | None = None
 
     def scores(self, rows: slice, out: torch.Tensor) -> None:
