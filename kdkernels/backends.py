@@ -96,7 +96,9 @@ def does_not_start(kernels: Any, one: torch.Tensor) -> str | None:
     try:
         kernels.call("scale_in_place", one, one, *kernels.context(one))
     except RuntimeError as error:
-        return f"the CUDA kernels do not start here: {error} (update the driver, or build with the toolkit that it is of)"
+        return (
+            f"the CUDA kernels do not start here: {error} (update the driver, or build with the toolkit that it is of)"
+        )
     return None
 
 

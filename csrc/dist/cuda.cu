@@ -69,6 +69,10 @@ __device__ float row_weight(const Problem& p, int64_t r) {
 __device__ int64_t row_offset(const Matrix& m, int64_t r, int64_t inner) {
   return r / inner * m.outer + r % inner * m.inner;
 }
+// The same for every element of a column: a division of 64 bits would take longer than the rest.
+__device__ int64_t row_place(const Matrix& m, int64_t r, int64_t inner) {
+  return inner == 1 ? r * m.outer : row_offset(m, r, inner);
+}
 
 template <int kRowThreads, typename V, typename Op>
 __device__ V reduce(V value, Op op) {
@@ -181,8 +185,8 @@ struct Pair {
 template <typename T>
 __device__ Pair probabilities(const Problem& p, int64_t row, int v, float c) {
   const float* const stats = p.rows + row * kRowStats;
-  const float x = Element<T>::get(p.s, row_offset(p.s, row, p.inner) + v * p.s.cls);
-  const float y = Element<T>::get(p.t, row_offset(p.t, row, p.inner) + v * p.t.cls);
+  const float x = Element<T>::get(p.s, row_place(p.s, row, p.inner) + v * p.s.cls);
+  const float y = Element<T>::get(p.t, row_place(p.t, row, p.inner) + v * p.t.cls);
   return {fast_exp2((x - stats[kRefS]) * c) * stats[kInverseS],
           fast_exp2((y - stats[kRefT]) * c) * stats[kInverseT]};
 }

@@ -10,7 +10,7 @@ namespace {
 constexpr int kSide = 16;  // threads on a side of a block
 constexpr int kThreads = kSide * kSide;
 constexpr int kTile = 2 * kSide;  // samples on a side of a tile of pairs: 2 x 2 pairs a thread
-constexpr int kFeatures = 16;     // features in shared memory at a time
+constexpr int kFeatures = 32;     // features in shared memory at a time, as many loads in flight
 
 int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 

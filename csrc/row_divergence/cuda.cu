@@ -11,7 +11,6 @@ constexpr int kCountThreads = 512;
 
 __global__ void __launch_bounds__(kCountThreads) count_kernel(const Problem p) {
   SMEM_STATIC(Maxima, slots, kMaxCluster);
-  if (p.cluster > 1) cluster_sync();
   const Maxima sums = count_rows<kCountThreads>(p, static_cast<Maxima*>(slots));
   if (cluster_rank() == 0 && threadIdx.x == 0) {
     if (p.count & 1) p.divisors[0] = sums.s;
@@ -22,11 +21,20 @@ __global__ void __launch_bounds__(kCountThreads) count_kernel(const Problem p) {
 
 __global__ void __launch_bounds__(kCountThreads) total_kernel(const Problem p) {
   SMEM_STATIC(float, slots, kMaxCluster);
-  if (p.cluster > 1) cluster_sync();
   float sum = 0.f;
+  constexpr int kAhead = 16;  // loads of a thread in flight: few multiprocessors do this alone
   const int64_t stride = int64_t{kCountThreads} * cluster_size();
-  for (int64_t r = int64_t{kCountThreads} * cluster_rank() + threadIdx.x; r < p.rows; r += stride)
-    sum += p.losses[r];
+  for (int64_t first = int64_t{kCountThreads} * cluster_rank() + threadIdx.x; first < p.rows;
+       first += stride * kAhead) {
+    float x[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int64_t r = first + i * stride;
+      x[i] = r < p.rows ? p.losses[r] : 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) sum += x[i];
+  }
   sum = cluster_reduce(block_sum<kCountThreads>(sum), Sum{}, static_cast<float*>(slots));
   if (cluster_rank() == 0 && threadIdx.x == 0) *p.total = sum;
   if (p.cluster > 1) cluster_sync();

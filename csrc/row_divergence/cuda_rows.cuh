@@ -268,17 +268,28 @@ class RowsGroup {
 // The divisors, summed over the rows by all threads of a block or cluster.
 template <int kBlock>
 __device__ inline Maxima count_rows(const Problem& p, Maxima* slots) {
-  Maxima sum = {0.f, 0.f};  // rows, class weights of the rows
+  Maxima sum = {0.f, 0.f};   // rows, class weights of the rows
+  constexpr int kAhead = 8;  // rows of a thread whose loads are in flight together
   const int64_t stride = int64_t{kBlock} * cluster_size();
-  for (int64_t r = int64_t{kBlock} * cluster_rank() + threadIdx.x; r < p.rows; r += stride) {
-    const float w = row_weight(p, r);
-    if (w == 0.f) continue;
-    sum.s += w;
-    if (p.count & 2) {
-      const int64_t y = p.labels ? p.labels[r] : 0;
-      // A label out of range is its own row's NaN, not everybody's.
-      const bool known = y >= 0 && y < p.classes;
-      sum.t += !p.class_weight ? w : (known ? w * p.class_weight[y] : 0.f);
+  for (int64_t first = int64_t{kBlock} * cluster_rank() + threadIdx.x; first < p.rows;
+       first += stride * kAhead) {
+    int64_t y[kAhead];
+    float w[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int64_t r = first + i * stride;
+      y[i] = r < p.rows && p.labels ? p.labels[r] : 0;
+      w[i] = r >= p.rows ? 0.f : p.weight ? p.weight[r] : 1.f;
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (w[i] == 0.f || (p.labels && y[i] == p.ignore_index)) continue;
+      sum.s += w[i];
+      if (p.count & 2) {
+        // A label out of range is its own row's NaN, not everybody's.
+        const bool known = y[i] >= 0 && y[i] < p.classes;
+        sum.t += !p.class_weight ? w[i] : (known ? w[i] * p.class_weight[y[i]] : 0.f);
+      }
     }
   }
   const auto add = [](Maxima a, Maxima b) { return Maxima{a.s + b.s, a.t + b.t}; };
@@ -294,9 +305,6 @@ __global__ void __launch_bounds__(kThreads, 3) rows_kernel(const Problem p) {
   const bool blocks = p.lanes == kThreads;
   const int groups = kThreads / p.lanes, group = threadIdx.x / p.lanes;
   const int rank = blocks && p.cluster > 1 ? cluster_rank() : 0;
-
-  // Nobody may write into the shared memory of a block that has not started.
-  if (p.cluster > 1) cluster_sync();
 
   float divisor_kd = p.divisors ? p.divisors[0] : 1.f,
         divisor_ce = p.divisors ? p.divisors[1] : 1.f;
