@@ -38,9 +38,7 @@ class Plan(NamedTuple):
     plain: bool  # no hyper-parameter is a tensor
     stores: bool  # gradients may be made in the forward pass
     wants: tuple[bool, bool]  # gradients of the student and the teacher
-    splits: (
-        layout.Splits | None
-    )  # of scores and gradients into rows, for the kernel itself; None: by way of the operator
+    splits: layout.Splits | None  # of scores and gradients into rows; None: the operator finds them
 
 
 @remembered
