@@ -321,14 +321,15 @@ def backward_kernel(
     if OTHERS:
         kind = 0
     plain = inputs == 0
+    softmax = tl.where(plain, live, False)  # rows that have one
     other_t = tl.where(inputs == 2, 0.0, float("-inf"))
     at = stats + row * 8
     inv_s = inverse(ts, plain)
     inv_t = inverse(tt, plain)
     m_s = tl.load(at, mask=live, other=0.0)
     m_t = tl.load(at + 1, mask=live, other=0.0)
-    all_s = tl.load(at + 2, mask=live & plain, other=1.0)
-    all_t = tl.load(at + 3, mask=live & plain, other=1.0)
+    all_s = tl.load(at + 2, mask=softmax, other=1.0)
+    all_t = tl.load(at + 3, mask=softmax, other=1.0)
     lz_s = tl.log(all_s)
     lz_t = tl.log(all_t)
     base_1 = m_s
@@ -376,5 +377,5 @@ def backward_kernel(
         R, C, HARD, SIMPLE, OTHERS, COLUMNS, temperature_grad is not None,
     )  # fmt: skip
     if temperature_grad is not None:
-        tl.store(temperature_grad + row * 2, tl.where(live & plain, sum_s, 0.0), mask=inside)
-        tl.store(temperature_grad + row * 2 + 1, tl.where(live & plain, sum_t, 0.0), mask=inside)
+        tl.store(temperature_grad + row * 2, tl.where(softmax, sum_s, 0.0), mask=inside)
+        tl.store(temperature_grad + row * 2 + 1, tl.where(softmax, sum_t, 0.0), mask=inside)
