@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "common/convert.h"
-#include "common/pages.h"
 #include "common/parallel.h"
 #include "common/registry.h"
 #include "common/softmax.h"
@@ -333,7 +332,6 @@ void store_row(const Tensor& d, int64_t r, int64_t inner, int64_t start, int64_t
 
 void gradients(const Job& job, const float* sums, float upstream, const Tensor& ds,
                const Tensor& dt) {
-  prefer_large_pages(ds), prefer_large_pages(dt);
   const float total_weight = sums[kTotalWeight], inverse_t = 1.f / job.scalars[kT];
   const float mean = static_cast<float>(1.0 / static_cast<double>(job.classes));
   parallel_for(

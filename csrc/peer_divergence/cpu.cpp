@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "common/convert.h"
-#include "common/pages.h"
 #include "common/parallel.h"
 #include "common/registry.h"
 #include "common/softmax.h"
@@ -249,7 +248,6 @@ void for_rows(const Job& job) {
 template <size_t N>
 Job make_job(const Tensor (&parts)[N], Tensor labels, Tensor weight, Tensor scalars, Tensor d,
              int64_t ignore_index, int64_t threads) {
-  prefer_large_pages(d);
   Job job{};
   job.dtype = parts[0].dtype;
   for (const Tensor& x : parts) {

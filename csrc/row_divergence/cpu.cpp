@@ -4,7 +4,6 @@
 #include <vector>
 
 #include "common/convert.h"
-#include "common/pages.h"
 #include "common/parallel.h"
 #include "common/registry.h"
 #include "row_divergence/cpu_block.h"
@@ -94,7 +93,6 @@ void run_rows(const Job& job, const Output& out) {
 }
 
 void run(const Job& job, const Output& out) {
-  prefer_large_pages(job.ds), prefer_large_pages(job.dt);
   auto dense = [](const Tensor& x) { return !x || x.stride[1] == 1 || x.shape[1] == 1; };
   const bool rows = dense(job.student) && dense(job.teacher) && dense(job.ds) && dense(job.dt);
   if (job.logits() && job.classes <= (rows ? kShortClasses : kColumnClasses))

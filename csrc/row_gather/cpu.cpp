@@ -7,7 +7,6 @@
 #include <cmath>
 
 #include "common/convert.h"
-#include "common/pages.h"
 #include "common/parallel.h"
 #include "common/registry.h"
 #include "common/softmax.h"
@@ -203,7 +202,6 @@ void row_gather_forward(Tensor student, Tensor indices, Tensor live, Tensor scal
 
 void row_gather_backward(Tensor student, Tensor indices, Tensor live, Tensor scalars, Tensor stats,
                          Tensor g, Tensor g_rest, Tensor g_total, Tensor ds, int64_t threads) {
-  prefer_large_pages(ds);
   const int64_t classes = student.shape[1], inner = student.shape[2];
   const int64_t rows = student.shape[0] * inner, k = indices.shape[1];
   const float t = scalars.as<float>()[0];
