@@ -8,7 +8,7 @@ import torch
 
 from kdkernels.ops.edge_relation import native, reference
 from kdkernels.ops.library import define, first_order
-from kdkernels.ops.scale.op import with_gradients
+from kdkernels.ops.scale.op import learners, with_gradients
 
 BACKENDS = ("triton", "cpu", "reference")
 
@@ -204,5 +204,4 @@ def edge_divergence(
     if not any(wants):
         return loss
     grads = [g for g, want in zip(made, wants) if want]
-    learners = [x for x, want in zip((student, teacher), wants) if want]
-    return with_gradients("edge_relation", backend, loss, grads, learners)
+    return with_gradients("edge_relation", backend, loss, grads, learners((student, teacher), wants))

@@ -8,7 +8,7 @@ from kdkernels.ops.gram_match import native, reference
 from kdkernels.ops.gram_match.kinds import Kind, Normalize
 from kdkernels.ops.library import define
 from kdkernels.ops.scalars import pack
-from kdkernels.ops.scale.op import with_gradients
+from kdkernels.ops.scale.op import learners, with_gradients
 
 Outputs = tuple[torch.Tensor, list[torch.Tensor]]
 
@@ -124,5 +124,4 @@ def gram_match(
     )
     if not wanted:
         return loss
-    learners = [x for x, want in zip(inputs, wants) if x is not None and want]
-    return with_gradients("gram_match", backend, loss, grads, learners)
+    return with_gradients("gram_match", backend, loss, grads, learners(inputs, wants))

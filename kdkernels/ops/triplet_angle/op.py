@@ -9,7 +9,7 @@ import torch
 from kdkernels.ops.library import define
 from kdkernels.ops.pairwise_distance import op as pairwise
 from kdkernels.ops.scalars import Number, pack
-from kdkernels.ops.scale.op import with_gradients
+from kdkernels.ops.scale.op import learners, with_gradients
 from kdkernels.ops.triplet_angle import native, stages
 
 REDUCTIONS = ("mean", "sum")
@@ -119,4 +119,4 @@ def relations(
     )  # fmt: skip
     if not grads:
         return loss
-    return with_gradients("relational losses", backend, loss, grads, [x for x, want in zip(inputs, wanted) if want])
+    return with_gradients("relational losses", backend, loss, grads, learners(inputs, wanted))
