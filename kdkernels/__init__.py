@@ -14,14 +14,13 @@ from kdkernels.losses.channels import (
 )
 from kdkernels.losses.contrastive import (
     CompRessLoss,
-    CRDLoss,
     InfoNCEDistillationLoss,
     SEEDLoss,
     compress_loss,
-    crd_loss,
     info_nce_distillation_loss,
     seed_loss,
 )
+from kdkernels.losses.crd import CRDLoss, crd_loss
 from kdkernels.losses.detection import (
     DetectionDistillationLoss,
     FGDLoss,

@@ -132,8 +132,9 @@ def share(x: torch.Tensor, reduction: str) -> float:
 
 def as_wide(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """All in float64 if one is, else in float32: what the reference computes in."""
-    dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
-    return tuple(x.to(dtype) for x in tensors)
+    dtypes = [x.dtype for x in tensors]
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    return tensors if dtypes.count(dtype) == len(dtypes) else tuple([x.to(dtype) for x in tensors])
 
 
 def hint_loss(

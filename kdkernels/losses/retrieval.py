@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from kdkernels import backends, checks
 from kdkernels.losses.features import EPS, SUPPORTED, as_wide, checked, inverse_norms, normalized
@@ -176,12 +177,15 @@ def margin_mse_loss(
         s_wrong, t_wrong = student_negative.reshape(1, rows, -1), teacher_negative.reshape(1, rows, -1)
         return op.match(t_wrong, s_wrong, channel_offset=apart, factor=factor, backend=backend)
     s_right, s_wrong, t_right, t_wrong = as_wide(*scores)
-    apart = (s_wrong - t_wrong) - (s_right - t_right)
-    each = apart * apart
-    if reduction == "none" or each.dim() < 2 or each.numel() <= sums.AT_ONCE:
-        return _reduce(each, reduction)
-    total = sums.ordered_sum(each.sum(-1))  # no row is shared among threads, whose number would show in the sum
-    return total if reduction == "sum" else total / each.numel()
+    of_student, of_teacher = s_right - s_wrong, t_right - t_wrong
+    if of_student.shape != of_teacher.shape:
+        of_student, of_teacher = torch.broadcast_tensors(of_student, of_teacher)
+    if reduction == "none" or 0 < of_student.numel() <= sums.AT_ONCE:
+        return F.mse_loss(of_student, of_teacher, reduction=reduction)
+    each = F.mse_loss(of_student, of_teacher, reduction="none")
+    # No row is shared among threads, whose number would show in the sum.
+    total = sums.ordered_sum(each.sum(-1) if each.dim() > 1 else each)
+    return total if reduction == "sum" else total / max(each.numel(), 1)
 
 
 FEW_SCORES = 2**17  # up to which torch operations take less on a CPU than a call of our own with its gradient

@@ -18,9 +18,8 @@ def wide(x: torch.Tensor) -> torch.Tensor:
 def normalized(x: torch.Tensor) -> torch.Tensor:
     """Rows of length 1, at least in float32; a zero row stays zero and gets no gradient."""
     x = wide(x)
-    alive = (x != 0).any(1, keepdim=True)
-    length = torch.linalg.vector_norm(x.where(alive, 1.0), dim=1, keepdim=True).clamp_min(EPS)
-    return (x / length).where(alive, 0.0)
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)  # its own gradient at 0 is 0
+    return x / length.clamp_min(EPS).masked_fill(length == 0, torch.inf)
 
 
 def squared_distances(x: torch.Tensor, backend: str) -> torch.Tensor:

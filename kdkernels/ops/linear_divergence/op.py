@@ -26,6 +26,7 @@ from kdkernels.ops.row_divergence.op import kernels
 from kdkernels.ops.row_divergence.plan import COUNT_CE, COUNT_KD, given_divisors, terms
 from kdkernels.ops.scalars import Number
 
+LINE = 16  # float32 numbers of a cache line
 _NOBODY: Any = Head(None, None)  # type: ignore[arg-type]
 
 
@@ -67,7 +68,8 @@ def _forward(
         f32 = {"dtype": torch.float32, "device": device}
         losses = torch.empty(rows, **f32)
         stats = torch.empty(step + 1, STATS, **f32)
-        z_s, z_t = torch.empty(step, classes, **f32), torch.empty(step, classes, **f32)
+        # Rows begin at whole cache lines: a product that writes them elsewhere takes a fifth longer.
+        z_s, z_t = (torch.empty(step, -(-classes // LINE) * LINE, **f32)[:, :classes] for _ in range(2))
         d_s = None if not s.any else z_t if shared else torch.empty_like(z_s)
         d_t = torch.empty_like(z_t) if any(wants[4:]) else None
         kernel = kernels(backend)[0]

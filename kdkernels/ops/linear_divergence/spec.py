@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kdkernels.losses import contrastive, linear, linear_sparse, sequence
+from kdkernels.losses import contrastive, crd, linear, linear_sparse, sequence
 from kdkernels.ops.linear_divergence.gemm import Products
 from kdkernels.ops.registry import Case, Inputs, Shape, Spec
 from kdkernels.ops.row_divergence.spec import eager_distillation, eager_js, eager_kl, eager_reverse_kl
@@ -345,7 +345,7 @@ SPEC = Spec(
             shapes=((2, 3, 4, 2), (2, 3, 33, 5)),
         ),
         _contrastive(
-            "crd_loss", contrastive.crd_loss, eager_crd, make_banks, bank_products, ("student", "teacher"),
+            "crd_loss", crd.crd_loss, eager_crd, make_banks, bank_products, ("student", "teacher"),
             {"bank-16k": (64, 16384, 128)}, {"bank-50k": (64, 50000, 128)}, temperature=0.2,
         ),
     ),
