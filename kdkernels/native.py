@@ -25,6 +25,7 @@ if _C is not None:
         torch.int32: 4,
         torch.uint8: 5,
         torch.bool: 5,
+        torch.int8: 5,  # a byte
         torch.float64: 6,
     })  # fmt: skip
 

@@ -29,8 +29,8 @@ def uld_loss(
     """Universal logit distillation, for a teacher with another vocabulary.
 
     sum_i |sort(p_s)_i - sort(p_t)_i|, p = softmax(logits / T) sorted from the largest, the shorter padded with zeros:
-    Boizard, El Haddad, Hudelot and Colombo (2024, arXiv:2402.12030). Composed of torch's sort; the gradient is by hand
-    and keeps one byte a class.
+    Boizard, El Haddad, Hudelot and Colombo (2024, arXiv:2402.12030). The gradient is by hand and keeps one
+    byte a class.
 
     Args:
         student_logits: scores, float16, bfloat16, float32 or float64, (..., V).
@@ -42,7 +42,8 @@ def uld_loss(
         reduction, weight, num_items: as `topk_div`.
         labels: integers, one a row; a row where they equal `ignore_index` is left out. Others are not looked at.
         ignore_index: the label that leaves a row out.
-        backend: "reference" has second derivatives; every other name runs the same torch operations.
+        backend: "cpu" sorts by a kernel; "cuda" and "triton" run the same torch operations; "reference" has second
+            derivatives.
 
     Returns:
         A float32 scalar (float64 if an input is float64), between 0 and 2 a row, or one value a row. Equal sorted

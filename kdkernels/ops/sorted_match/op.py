@@ -1,4 +1,4 @@
-"""sum |sort(p_s) - sort(p_t)| of rows, composed of torch's sort with the gradient by hand."""
+"""sum |sort(p_s) - sort(p_t)| of rows, by a kernel on the CPU and by torch's sort elsewhere, with the gradient by hand."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from kdkernels import backends
 from kdkernels.ops.library import define, first_order
 from kdkernels.ops.scalars import Number, pack
 
@@ -32,9 +33,16 @@ def _side(x: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 
 # The signs of the sorted differences, brought back to their classes: int8, all that the gradients need besides p.
 def _forward(
-    student: torch.Tensor, teacher: torch.Tensor, scalars: torch.Tensor, want_student: bool, want_teacher: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    losses, signs_s, signs_t = _forward_fake(student, teacher, scalars, want_student, want_teacher)
+    student: torch.Tensor, teacher: torch.Tensor, scalars: torch.Tensor, want_student: bool, want_teacher: bool, backend: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    losses, signs_s, signs_t = _forward_fake(student, teacher, scalars, want_student, want_teacher, backend)
+    if backend == "cpu":
+        if losses.numel():
+            backends.library("cpu").call(
+                "sorted_match_forward", _rows(student), _rows(teacher), scalars, losses, signs_s if want_student else None,
+                signs_t if want_teacher else None, torch.get_num_threads(),
+            )  # fmt: skip
+        return losses, signs_s, signs_t
     rows = max(1, CHUNK // max(student.shape[1], teacher.shape[1]))
     t_s, t_t = scalars.to(student.device)
     common = min(student.shape[1], teacher.shape[1])
@@ -53,7 +61,12 @@ def _forward(
     return losses, signs_s, signs_t
 
 
-def _forward_fake(student, teacher, scalars, want_student, want_teacher):
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """Rows whose classes lie side by side."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _forward_fake(student, teacher, scalars, want_student, want_teacher, backend):
     return (
         torch.empty(student.shape[0], dtype=torch.float32, device=student.device),
         torch.empty(student.shape if want_student else (0,), dtype=torch.int8, device=student.device),
@@ -62,9 +75,22 @@ def _forward_fake(student, teacher, scalars, want_student, want_teacher):
 
 
 def _backward(
-    x: torch.Tensor, signs: torch.Tensor, scalars: torch.Tensor, upstream: torch.Tensor, side: int
+    x: torch.Tensor, signs: torch.Tensor, scalars: torch.Tensor, upstream: torch.Tensor, side: int, backend: str
 ) -> torch.Tensor:
-    dx = torch.empty_like(x)
+    dx = x.new_empty(x.shape)
+    if backend == "cpu":
+        if dx.numel():
+            backends.library("cpu").call(
+                "sorted_match_backward",
+                _rows(x),
+                signs,
+                scalars,
+                upstream.contiguous(),
+                dx,
+                side,
+                torch.get_num_threads(),
+            )
+        return dx
     t = scalars.to(x.device)[side]
     rows = max(1, CHUNK // x.shape[1])
     for at in (slice(i, i + rows) for i in range(0, x.shape[0], rows)):
@@ -75,18 +101,18 @@ def _backward(
     return dx
 
 
-def _backward_fake(x, signs, scalars, upstream, side):
-    return torch.empty_like(x)
+def _backward_fake(x, signs, scalars, upstream, side, backend):
+    return x.new_empty(x.shape)
 
 
 forward_op = define(
-    "sorted_match_forward(Tensor student, Tensor teacher, Tensor scalars, bool want_student, bool want_teacher) "
+    "sorted_match_forward(Tensor student, Tensor teacher, Tensor scalars, bool want_student, bool want_teacher, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 backward_op = define(
-    "sorted_match_backward(Tensor x, Tensor signs, Tensor scalars, Tensor upstream, int side) -> Tensor",
+    "sorted_match_backward(Tensor x, Tensor signs, Tensor scalars, Tensor upstream, int side, str backend) -> Tensor",
     _backward,
     _backward_fake,
 )
@@ -96,8 +122,11 @@ class SortedMatch(torch.autograd.Function):
     """One byte a class is kept between forward and backward."""
 
     @staticmethod
-    def forward(ctx: Any, student: torch.Tensor, teacher: torch.Tensor, scalars: torch.Tensor) -> torch.Tensor:
-        losses, signs_s, signs_t = forward_op(student, teacher, scalars, *ctx.needs_input_grad[:2])
+    def forward(
+        ctx: Any, student: torch.Tensor, teacher: torch.Tensor, scalars: torch.Tensor, backend: str
+    ) -> torch.Tensor:
+        losses, signs_s, signs_t = forward_op(student, teacher, scalars, *ctx.needs_input_grad[:2], backend)
+        ctx.backend = backend
         ctx.save_for_backward(losses, student, teacher, scalars, signs_s, signs_t)
         return losses
 
@@ -106,9 +135,9 @@ class SortedMatch(torch.autograd.Function):
         losses, student, teacher, scalars, signs_s, signs_t = ctx.saved_tensors
         want_s, want_t = ctx.needs_input_grad[:2]
         with torch.no_grad():
-            ds = backward_op(student, signs_s, scalars, upstream, 0) if want_s else None
-            dt = backward_op(teacher, signs_t, scalars, upstream, 1) if want_t else None
-        return (*first_order("uld_loss", losses, (ds, dt)), None)
+            ds = backward_op(student, signs_s, scalars, upstream, 0, ctx.backend) if want_s else None
+            dt = backward_op(teacher, signs_t, scalars, upstream, 1, ctx.backend) if want_t else None
+        return (*first_order("uld_loss", losses, (ds, dt)), None, None)
 
 
 def sorted_match(student: torch.Tensor, teacher: torch.Tensor, t_s: Number, t_t: Number, backend: str) -> torch.Tensor:
@@ -116,4 +145,4 @@ def sorted_match(student: torch.Tensor, teacher: torch.Tensor, t_s: Number, t_t:
     if backend == "reference":
         wide = torch.float64 in (student.dtype, teacher.dtype)
         return plain(student, teacher, t_s, t_t, torch.float64 if wide else torch.float32)
-    return SortedMatch.apply(student, teacher, pack((t_s, t_t)))
+    return SortedMatch.apply(student, teacher, pack((t_s, t_t)), backend)

@@ -46,7 +46,7 @@ def _case(name: str, bench: bool = False, **options: Any) -> Case:
     )  # fmt: skip
 
 
-# No kernel of our own: on every device the same torch operations, under whichever name.
+# "cuda" and "triton" are the same torch operations, no kernel of our own.
 SPEC = Spec(
     "sorted_match", ("reference", "cpu"), (_case("uld_loss", bench=True), _case("uld_loss-T2", temperature=2.0))
 )
