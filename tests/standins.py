@@ -64,10 +64,11 @@ def correlation(s, t):
     return sum((apart[i] * apart[i + 1]).sum() for i in range(len(s) - 1)) / (len(s) - 1)
 
 
-def relations(s, t, squared=False, distance_weight=25, angle_weight=50):
+def relations(s, t, squared=False, distance_weight=25, angle_weight=50, eps=1e-12):
     def distances(x):
         d2 = (x.unsqueeze(1) - x).pow(2).sum(2)
-        d = d2 if squared else torch.where(d2 > 0, d2.clamp_min(1e-12).sqrt(), 0.0)
+        least = d2.clamp_min(eps)
+        d = torch.where(d2 > 0, least if squared else least.sqrt(), 0.0)
         return d / d[d > 0].mean()
 
     def angles(x):

@@ -47,6 +47,7 @@ def test_attention_of_the_authors_and_of_repdistiller(generator: torch.Generator
     s, t = pair(generator, 3, 5, 4, 4, teacher=(3, 7, 4, 4))
     same(kd.attention_transfer_loss(s, t), (at_map(s) - at_map(t)).pow(2).mean())
     same(kd.attention_transfer_loss(s, t, p=3, signed=True), (at_map(s, 3) - at_map(t, 3)).pow(2).mean())
+    same(kd.attention_transfer_loss(s, t, p=5, signed=True), (at_map(s, 5) - at_map(t, 5)).pow(2).mean())
     assert kd.attention_transfer_loss(s, t, p=3) != kd.attention_transfer_loss(s, t, p=3, signed=True)
 
 

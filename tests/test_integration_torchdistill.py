@@ -37,8 +37,8 @@ def hard(s, targets=TARGETS, **options):
     return F.cross_entropy(s, targets, **options)
 
 
-def standardized(x):
-    return (x - x.mean(1, keepdim=True)) / (1e-7 + x.std(1, keepdim=True))
+def standardized(x, eps):
+    return (x - x.mean(1, keepdim=True)) / (eps + x.std(1, keepdim=True))
 
 
 def lengths(s1, s2, t1, t2):
@@ -102,8 +102,9 @@ def test_logits(reduction):
     ignoring = TARGETS.masked_fill(TARGETS == 2, 255)
     same(within(td.KDLoss(*MODULES, alpha=0.3, ignore_index=255, **options), ignoring),
          lambda s, t: 0.3 * hard(s, ignoring, ignore_index=255, **of_hard) + 0.7 * soft(s, t), *logits)  # fmt: skip
-    same(within(td.LogitStdKDLoss(*MODULES, alpha=0.5, beta=9.0, **options), TARGETS),
-         lambda s, t: 0.5 * hard(s, **of_hard) + 9 * soft(standardized(s), standardized(t)), *logits)  # fmt: skip
+    for given, eps in (({}, 1e-7), ({"eps": 0.3}, 0.3)):
+        same(within(td.LogitStdKDLoss(*MODULES, alpha=0.5, beta=9.0, **given, **options), TARGETS), lambda s, t, eps=eps:
+             0.5 * hard(s, **of_hard) + 9 * soft(standardized(s, eps), standardized(t, eps)), *logits)  # fmt: skip
 
 
 def test_logits_of_pixels_and_weighted_classes():
@@ -122,10 +123,12 @@ def test_embeddings():
     same(within(td.PKTLoss(*MODULES, eps=1e-6)), lambda s, t: standins.transfer(s, t, 1e-6), *wide)
     for d, a in ((1.0, 2.0), (1.0, 0), (0, 2.0)):
         same(within(td.RKDLoss("s", "t", d, a, "mean")), lambda s, t, d=d, a=a: standins.relations(s, t, False, d, a), *wide)  # fmt: skip
-    same(within(td.RKDLoss("s", "t", 1.0, 0, "sum")), lambda s, t: N**2 * standins.relations(s, t, False, 1, 0), *wide)
+    for d, a in ((1.0, 2.0), (1.0, 0), (0, 2.0)):
+        same(within(td.RKDLoss("s", "t", d, a, "sum")),
+             lambda s, t, d=d, a=a: standins.relations(s, t, False, N**2 * d, N**3 * a), *wide)  # fmt: skip
     for reduction, divisor in (("batchmean", N**2), ("sum", 1)):
         same(within(td.SPKDLoss("s", "t", reduction)), lambda s, t, d=divisor: rows(s, t, d), *wide)
-        for kernel, order in (({"type": "gaussian", "gamma": 0.4, "max_p": 2}, 2), ({"type": "bilinear"}, None)):
+        for kernel, order in (({"type": "gaussian", "gamma": 0.4, "max_p": 2}, 2), ({"type": "gaussian", "gamma": 0.4, "max_p": 3}, 3), ({"type": "bilinear"}, None)):  # fmt: skip
             same(within(td.CCKDLoss("s", "t", kernel, reduction)), lambda s, t, d=divisor, order=order: (
                 congruence(s, t, 0.4, order) if order else (s @ s.T - t @ t.T).pow(2).sum().sqrt()) / d, *wide)  # fmt: skip
     logits = randn(N, V), randn(N, V, seed=1)

@@ -14,6 +14,7 @@ from kdkernels.integrations.trl import generalized_jsd_loss, use_in
 
 B, T, V, H = 2, 3, 7, 4
 LABELS = torch.tensor([[1, -100, 3], [-100, 0, 6]])
+OTHER_LABELS = LABELS.masked_fill(LABELS == -100, 255)
 BETAS = (0.0, 0.1, 0.5, 1.0)
 
 
@@ -83,6 +84,8 @@ def test_torchtune(normalize):
     ):
         loss = getattr(torchtune, f"{name}KLLoss")(*arguments)
         same(lambda s, t, loss=loss: loss(s, t, LABELS, normalize), published, s, t, teachers=True)
+        of_255 = getattr(torchtune, f"{name}KLLoss")(*arguments, ignore_index=255)
+        same(lambda s, t, loss=of_255: loss(s, t, OTHER_LABELS, normalize), published, s, t)
         nothing = loss(s.requires_grad_(), t, torch.full((B, T), -100), normalize)
         assert nothing == 0
         s = s.detach()
@@ -90,6 +93,9 @@ def test_torchtune(normalize):
             chunked = getattr(torchtune, f"{name}KLWithChunkedOutputLoss")(2, *arguments)
             same(lambda s, t, loss=chunked: loss(s.view(B, T, V).chunk(2, 1), t.view(B, T, V).chunk(2, 1), LABELS),
                  published, s, t, teachers=True)  # fmt: skip
+            chunked_255 = getattr(torchtune, f"{name}KLWithChunkedOutputLoss")(2, *arguments, ignore_index=255)
+            halves = [x.view(B, T, V).chunk(2, 1) for x in (s, t)]
+            assert torch.equal(chunked_255(*halves, OTHER_LABELS), chunked(*halves, LABELS))
             assert chunked(s[None].chunk(2, 1), t[None].chunk(2, 1), torch.full((1, B * T), -100)) == 0
     with pytest.raises(ValueError, match="sym_kd_ratio must be between 0 and 1, got 1.5"):
         torchtune.SymmetricKLLoss(1.5)
@@ -115,8 +121,9 @@ def test_modelopt(reduction):
 def test_liger_jsd(beta):
     logs, labels = tuple(randn(B * T, V, seed=k).log_softmax(1) for k in range(2)), LABELS.flatten()
     same(liger.LigerJSD(beta), lambda q, p: jsd(q, p, beta).mean(), *logs)
-    same(lambda q, p: liger.LigerJSD(beta, ignore_index=-100)(q, p, labels),
-         lambda q, p: jsd(q, p, beta)[labels != -100].mean(), *logs)  # fmt: skip
+    for ignored in (-100, 255):
+        same(lambda q, p, i=ignored: liger.LigerJSD(beta, i)(q, p, labels.masked_fill(labels == -100, i)),
+             lambda q, p: jsd(q, p, beta)[labels != -100].mean(), *logs)  # fmt: skip
 
 
 def test_liger_kl():
@@ -128,18 +135,19 @@ def test_liger_kl():
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_liger_linear(beta):
-    labels = LABELS.flatten()
-    kept = labels != -100
+    kept, labels = LABELS.flatten() != -100, OTHER_LABELS.flatten()
     hidden, head, bias = randn(B * T, H), randn(V, H, seed=1), randn(V, seed=2)
     t_hidden, t_head, t_bias = randn(B * T, H + 1, seed=3), randn(V, H + 1, seed=4), randn(V, seed=5)
-    plain, teacher = liger.LigerFusedLinearJSD(beta, temperature=2.0), t_hidden @ t_head.T
+    plain, teacher = liger.LigerFusedLinearJSD(beta, 255, temperature=2.0), t_hidden @ t_head.T
     close(gradients(lambda x, w: plain(x, w, t_hidden, t_head, labels), hidden, head),
           gradients(lambda x, w: soft(x @ w.T, teacher, beta, 2.0)[kept].mean(), hidden, head), 1e-9)  # fmt: skip
-    both = liger.LigerFusedLinearJSDLoss(0.4, 1.2, beta, temperature=2.0, compiled=False)
+    both = liger.LigerFusedLinearJSDLoss(0.4, 1.2, beta, 255, temperature=2.0, compiled=False)
 
     def expected(x, w, b):
         z = x @ w.T + b
-        return 0.4 * F.cross_entropy(z, labels) + 1.2 * soft(z, teacher + t_bias, beta, 2.0)[kept].mean()
+        return (
+            0.4 * F.cross_entropy(z, labels, ignore_index=255) + 1.2 * soft(z, teacher + t_bias, beta, 2.0)[kept].mean()
+        )
 
     close(gradients(lambda x, w, b: both(x, w, t_hidden, t_head, labels, b, t_bias), hidden, head, bias),
           gradients(expected, hidden, head, bias), 1e-9)  # fmt: skip

@@ -38,6 +38,7 @@ N, V = 6, 7
 def test_repdistiller_logits_and_embeddings():
     logits = randn(N, V), randn(N, V, seed=1)
     same(rd.DistillKL(4), lambda s, t: kd(s, t, 4), *logits, teachers=True)
+    same(rd.DistillKL(4), lambda s, t: kd(s, t, 4), randn(N, V, 3), randn(N, V, 3, seed=1))
     same(rd.HintLoss(), F.mse_loss, *logits, teachers=True)
     same(rd.Correlation(), correlation, *logits, teachers=True)
     wide = randn(N, 5), randn(N, 9, seed=1)
@@ -77,15 +78,16 @@ def test_repdistiller_flow():
 @pytest.mark.parametrize("sizes", [(8, 5), (5, 8)])
 def test_variational_information(sizes):
     torch.manual_seed(0)
-    loss = rd.VIDLoss(4, 5, 6, init_pred_var=2.0).double()
+    loss = rd.VIDLoss(4, 5, 6, init_pred_var=2.0, eps=0.1).double()
     assert set(loss.state_dict()) == {"log_scale", "regressor.0.weight", "regressor.2.weight", "regressor.4.weight"}
     assert torch.allclose(F.softplus(loss.log_scale) + loss.eps, torch.tensor(2.0, dtype=F64))
     s, t = randn(3, 4, sizes[0], sizes[0]), randn(3, 6, sizes[1], sizes[1], seed=1)
     parameters = list(loss.parameters())
-    for ours in (loss, lambda s, t: md.vid_loss(loss.regressor, loss.log_scale, s, t)):
-        got = torch.autograd.grad(ours(s, t), parameters)
-        close(list(got), list(torch.autograd.grad(likelihood(loss.regressor, loss.log_scale, s, t), parameters)), 1e-9)
-        assert torch.allclose(ours(s, t), likelihood(loss.regressor, loss.log_scale, s, t))
+    for ours in (loss, lambda s, t: md.vid_loss(loss.regressor, loss.log_scale, s, t, 0.1)):
+        got, expected = ours(s, t), likelihood(loss.regressor, loss.log_scale, s, t, 0.1)
+        grads = (list(torch.autograd.grad(x, parameters)) for x in (got, expected))
+        close(*grads, 1e-9)
+        close([got.detach()], [expected.detach()], 1e-9)
 
 
 class Crd(nn.Module):
@@ -120,12 +122,12 @@ class Crd(nn.Module):
 @pytest.mark.parametrize("samples", [40, 200])  # products with the whole bank, and gathered
 def test_contrastive_representations(samples):
     torch.manual_seed(0)
-    opt = types.SimpleNamespace(s_dim=5, t_dim=6, feat_dim=4, n_data=samples, nce_k=9, nce_t=0.07, nce_m=0.5)
+    opt = types.SimpleNamespace(s_dim=5, t_dim=6, feat_dim=4, n_data=samples, nce_k=9, nce_t=0.07, nce_m=0.3)
     loss = rd.CRDLoss(opt).double()
     assert {"contrast.params", "contrast.memory_v1", "contrast.memory_v2", "embed_s.linear.weight"} <= set(
         loss.state_dict()
     )
-    published = Crd(loss, samples, 0.5, 0.07)
+    published = Crd(loss, samples, 0.3, 0.07)
     losses = []
     for step in range(2):  # both before a backward: the banks of the first must outlive the second
         s, t, y = randn(N, 5, seed=step), randn(N, 6, seed=9 + step), torch.randperm(samples)[:N]
@@ -139,6 +141,10 @@ def test_contrastive_representations(samples):
     close(*(list(torch.autograd.grad(x.sum(), list(loss.parameters()))) for x in (ours, theirs)), 1e-6)
     close([loss.contrast.memory_v1, loss.contrast.memory_v2], published.banks, 1e-9)
     assert loss(s, t, y).isfinite().all()  # negatives drawn
+    resumed = rd.CRDLoss(opt).double()
+    resumed.load_state_dict(loss.state_dict())
+    resumed(randn(N, 5, seed=7), randn(N, 6, seed=8), y)
+    assert torch.equal(resumed.contrast.params, loss.contrast.params)  # normalisers are the first batch's for good
 
 
 # -------------------------------------------------------------------------------------------------------------- mdistiller
@@ -155,6 +161,10 @@ def test_mdistiller_logits_and_embeddings():
         same(
             lambda s, t, q=squared: md.rkd_loss(s, t, q, 1e-12, 2, 3),
             lambda s, t, q=squared: relations(s, t, q, 2, 3), *wide,
+        )  # fmt: skip
+        same(
+            lambda s, t, q=squared: md.rkd_loss(s, t, q, 9.0, 2, 3),
+            lambda s, t, q=squared: relations(s, t, q, 2, 3, 9.0), *wide,
         )  # fmt: skip
 
 

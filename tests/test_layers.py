@@ -165,6 +165,14 @@ def test_before_downsampling(models: tuple[nn.Module, nn.Module]) -> None:
     assert match_layers(*models, "before-downsample", batch=X) == expected
 
 
+def test_stems_of_different_depth_are_paired_from_the_end() -> None:
+    def convolutions(*strides: int) -> nn.Module:
+        return nn.Sequential(*(nn.Conv2d(3, 3, 3, stride, 1) for stride in strides))
+
+    pairs = match_layers(convolutions(2, 2), convolutions(1, 2, 2), "before-downsample", batch=torch.zeros(1, 3, 8, 8))
+    assert pairs == [("0", "1"), ("1", "2")]
+
+
 def test_the_most_sensitive_layers(models: tuple[nn.Module, nn.Module]) -> None:
     student, teacher = models
     with torch.no_grad():
@@ -211,5 +219,8 @@ def test_a_loss_over_layers(models: tuple[nn.Module, nn.Module]) -> None:
     assert student.stem.weight.grad is not None
     with pytest.raises(KeyError, match="student's features have no layer"):
         loss({}, t)
+    variational = kd.VariationalInformationLoss(6)
+    learned = MultiLayerLoss(pairs, variational, adapters=adapters).parameters()
+    assert any(p is variational.raw_variance for p in learned)
     with pytest.raises(ValueError, match="weights must have one entry a pair, 3; got 1"):
         MultiLayerLoss(pairs, kd.hint_loss, weights=[1.0])

@@ -374,6 +374,10 @@ def test_sequence_level(target: Target, shift: bool, generator: torch.Generator)
     ):
         close(loss, expected)
         close(torch.autograd.grad(loss, (x, head), retain_graph=True), gradients)
+    each = F.cross_entropy(used.mT, wanted, reduction="none", label_smoothing=0.2)
+    smooth = {**options, "label_smoothing": 0.2}
+    close(kdkernels.sequence_loss(scores, tokens, mask, **smooth), (each * w).sum() / w.sum())
+    close(kdkernels.linear_sequence_loss(x, head, tokens, mask, **smooth), (each * w).sum() / w.sum())
     nothing = kdkernels.sequence_loss(scores, tokens, mask & False, **options)
     assert nothing == 0 and not torch.autograd.grad(nothing, x)[0].any()
 

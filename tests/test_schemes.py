@@ -292,6 +292,8 @@ def test_confidence_is_the_teachers_probability(generator):
     torch.testing.assert_close(weight, expected)
     assert not weight.requires_grad
     torch.testing.assert_close(schemes.confidence_weight(t), p.amax(-1))
+    at_2 = (t.detach() / 2).softmax(-1)
+    torch.testing.assert_close(schemes.confidence_weight(t, temperature=2.0, power=3.0), at_2.amax(-1) ** 3)
     assert kdkernels.kl_div(torch.randn(7, 4, generator=generator), t.detach(), weight=weight).isfinite()
 
 

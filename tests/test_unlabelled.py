@@ -37,6 +37,8 @@ def test_semi_supervised_is_its_two_terms(generator):
         torch.testing.assert_close(
             torch.autograd.grad(got, z)[0], torch.autograd.grad(hard + 3 * soft, z, retain_graph=True)[0]
         )
+    unsure = torch.zeros(6, 2)  # its largest probabilities are 0.5, and a threshold may be reached exactly
+    assert schemes.semi_supervised_loss(z[:, :2], unsure, torch.full_like(y, -100), threshold=0.5) > 0
     got = schemes.semi_supervised_loss(z, t, torch.full_like(y, -100))
     torch.testing.assert_close(got, kdkernels.kl_div(z, t.detach()))
     got.backward()
@@ -79,14 +81,14 @@ def test_synthetic_batches_are_what_the_teacher_takes_for_the_classes(generator)
 
 
 def test_what_a_teacher_wrote_ends_where_it_ended():
-    prompts = torch.tensor([[5, 6], [7, 8], [5, 9]])
-    rest = {6: [1, 2, 9, 9], 8: [2, 1, 1, 1], 9: [1, 1]}  # 2 ends a sequence; batches are of different lengths
+    prompts = torch.tensor([[2, 6], [7, 8], [5, 9]])
+    rest = {6: [1, 2, 9, 9], 8: [2, 1, 1, 1], 9: [1, 1]}  # 2 ends it; batches differ in length
 
     def generate(p: torch.Tensor) -> torch.Tensor:
         return torch.tensor([row + rest[row[1]] for row in p.tolist()])
 
     written = schemes.TeacherSequences.write(generate, prompts, end=2, padding=0, batch_size=2)
-    assert written.tokens.tolist() == [[5, 6, 1, 2, 9, 9], [7, 8, 2, 1, 1, 1], [5, 9, 1, 1, 0, 0]]
+    assert written.tokens.tolist() == [[2, 6, 1, 2, 9, 9], [7, 8, 2, 1, 1, 1], [5, 9, 1, 1, 0, 0]]
     assert written.completion_mask.int().tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 1, 0, 0, 0], [0, 0, 1, 1, 0, 0]]
     whole = schemes.TeacherSequences.write(generate, prompts[:2])
     assert whole.completion_mask.int().tolist() == [[0, 0, 1, 1, 1, 1]] * 2
