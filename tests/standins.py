@@ -64,7 +64,7 @@ def correlation(s, t):
     return sum((apart[i] * apart[i + 1]).sum() for i in range(len(s) - 1)) / (len(s) - 1)
 
 
-def relations(s, t, squared=False, distance_weight=25, angle_weight=50, eps=1e-12):
+def relations(s, t, squared=False, distance_weight=25, angle_weight=50, eps=1e-12, beta=1.0):
     def distances(x):
         d2 = (x.unsqueeze(1) - x).pow(2).sum(2)
         least = d2.clamp_min(eps)
@@ -76,8 +76,8 @@ def relations(s, t, squared=False, distance_weight=25, angle_weight=50, eps=1e-1
         return torch.einsum("ijd,ikd->ijk", e, e)
 
     s, t = s.flatten(1), t.flatten(1).detach()
-    by_distance = F.smooth_l1_loss(distances(s), distances(t))
-    return distance_weight * by_distance + angle_weight * F.smooth_l1_loss(angles(s), angles(t))
+    by_distance = F.smooth_l1_loss(distances(s), distances(t), beta=beta)
+    return distance_weight * by_distance + angle_weight * F.smooth_l1_loss(angles(s), angles(t), beta=beta)
 
 
 def transfer(s, t, eps=1e-7):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from published import same
+from published import close, same
 from targets import Target
 from torch import nn
 
@@ -49,6 +49,14 @@ def test_attention_of_the_authors_and_of_repdistiller(generator: torch.Generator
     same(kd.attention_transfer_loss(s, t, p=3, signed=True), (at_map(s, 3) - at_map(t, 3)).pow(2).mean())
     same(kd.attention_transfer_loss(s, t, p=5, signed=True), (at_map(s, 5) - at_map(t, 5)).pow(2).mean())
     assert kd.attention_transfer_loss(s, t, p=3) != kd.attention_transfer_loss(s, t, p=3, signed=True)
+
+
+@pytest.mark.backends("cpu", "triton")
+def test_signed_powers_in_kernels(fused: Target, generator: torch.Generator) -> None:
+    s, t = (x.to(fused.device) for x in pair(generator, 2, 3, 4, 3, dtype=torch.float32))
+    for p in (1.0, 3.0, 5.0):
+        exact = gradients(lambda s, t, p=p: (at_map(s, p) - at_map(t, p)).pow(2).mean(), s.to(F64), t.to(F64))
+        close(gradients(kd.attention_transfer_loss, s, t, p=p, signed=True, backend=fused.backend), exact, 1e-5)
 
 
 def test_attention_in_torchdistills_mode_paper(generator: torch.Generator) -> None:

@@ -8,9 +8,9 @@ import mutate
 import pytest
 
 
-@pytest.mark.parametrize("mutant", mutate.MUTANTS, ids=lambda m: f"{m.backend}-{m.about}")
+@pytest.mark.parametrize("mutant", mutate.MUTANTS, ids=lambda m: f"{m.backend}-{m.family}-{m.about}")
 def test_the_list_follows_the_sources(mutant: mutate.Mutant) -> None:
-    assert mutant.old in (mutate.ROOT / mutant.file).read_text(), f"{mutant.file} changed: mend tests/mutate.py"
+    assert mutant.old in (mutate.ROOT / mutant.path).read_text(), f"{mutant.path} changed: mend tests/mutants.py"
 
 
 @pytest.mark.slow

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from sweep import F16, F32, F64
+from sweep import BF16, F16, F32, F64
 from targets import Target
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -104,14 +105,19 @@ def test_opcheck_scale(fused: Target, factor: float) -> None:
     assert torch.equal(x, before * factor)
 
 
-def test_scale_keeps_to_its_own_elements(fused: Target) -> None:
-    """A dense gradient whose axes are permuted, behind an offset, with neighbours on both sides."""
-    storage = torch.ones(2 * 3 * 5 + 8, device=fused.device)
-    x = storage[4:-4].view(5, 3, 2).permute(2, 0, 1)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("offset, shape", [(4, (5, 3, 2)), (1, (2, 1, 1)), (3, (82, 10, 7))], ids=str)
+def test_scale_keeps_to_its_own_elements(
+    fused: Target, offset: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """A dense gradient whose axes are permuted, before and behind an address for whole vectors, with neighbours on both sides."""
+    n = math.prod(shape)
+    storage = (torch.arange(n + 8, device=fused.device) % 64).to(dtype)
+    expected = storage.clone()
+    expected[offset : offset + n] *= 3
+    x = storage[offset : offset + n].view(shape).permute(2, 0, 1)
     OPS.scale_(x, torch.tensor(3.0, device=fused.device), fused.backend)
-    assert (x == 3).all()
-    assert (storage[:4] == 1).all()
-    assert (storage[-4:] == 1).all()
+    assert torch.equal(storage, expected)
 
 
 @pytest.mark.parametrize("reduction", ["rowmean", "none"])

@@ -1,0 +1,207 @@
+"""Options that are rarely used: against formulas in float64, and the kernels that take them against the reference."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from published import close, gradients, same
+from standins import relations
+from sweep import CASES, F32, F64, check, runs_on
+from targets import TARGETS, Target
+
+import kdkernels as kd
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+# ------------------------------------------------------------------------------------------------------------- formulas
+
+
+def test_channel_attention_with_eps_added() -> None:
+    s, t = randn(3, 5, 4, 4), randn(3, 5, 4, 4, seed=1)
+    a, b = (x.pow(2).mean((2, 3)) for x in (s, t))
+    a, b = (x / (x.norm(dim=1, keepdim=True) + 0.5) for x in (a, b))
+    same(kd.channel_attention_transfer_loss(s, t, eps=0.5, add_eps=True), (a - b).pow(2).mean())
+    same(kd.channel_attention_transfer_loss(s, t, eps=0.5, add_eps=True, distance="norm"), (a - b).norm(dim=1).mean())
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_an_adapter_has_one_bias(linear: bool) -> None:
+    assert kd.Adapter(3, 4, linear=linear).project.bias is not None
+    assert kd.Adapter(3, 4, linear=linear, batch_norm=True).project.bias is None
+
+
+def test_least_variance() -> None:
+    s, t, raw = randn(3, 5, 4), randn(3, 5, 4, seed=1), randn(5, seed=2)
+    variance = (F.softplus(raw) + 0.5)[:, None]
+    each = 0.5 * ((s - t) ** 2 / variance + variance.log())
+    for reduction, expected in (("mean", each.mean()), ("batchmean", each.sum() / 3), ("sum", each.sum())):
+        same(kd.variational_information_loss(s, t, raw, eps=0.5, reduction=reduction), expected)
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_maps_of_another_size_are_interpolated(which: str) -> None:
+    s, t = randn(2, 3, 4, 5), randn(2, 3, 6, 7, seed=1)
+    x, y = (
+        (F.interpolate(s, (6, 7), mode="bilinear"), t)
+        if which == "student"
+        else (s, F.interpolate(t, (4, 5), mode="bilinear"))
+    )
+    same(kd.pearson_feature_loss(s, t, resize=which), kd.pearson_feature_loss(x, y))
+
+
+def test_sums_over_rows() -> None:
+    s, t, y = randn(6, 5), randn(6, 5, seed=1), torch.tensor([1, 4, -100, 0, 2, 2])
+    same(kd.cosine_loss(s, t, reduction="sum"), (1 - F.cosine_similarity(s, t)).sum())
+    over = (0.3 + s - s.gather(1, y.clamp_min(0)[:, None])).scatter(1, y.clamp_min(0)[:, None], 0.0).clamp_min(0)
+    for wrong, rows in (("all", over.sum(1) / 4), ("hardest", over.amax(1))):
+        kept = rows[y >= 0]
+        for reduction, expected in (("sum", kept.sum()), ("mean", kept.mean())):
+            same(kd.margin_ranking_loss(s, y, margin=0.3, wrong=wrong, reduction=reduction), expected)
+
+
+def test_temperature_of_both_attentions() -> None:
+    s, t = randn(2, 3, 4, 5), randn(2, 3, 4, 5, seed=1)
+    nothing = [torch.empty(0, 4)] * 2
+    expected = 0.0
+    for axes in ((1,), (2, 3)):
+        a, b = (x.abs().mean(axes).flatten(1) for x in (s, t))
+        expected += (a.shape[1] * ((a / 2).softmax(1) - (b / 2).softmax(1))).abs().sum() / 2
+    alone = {"foreground_weight": 0.0, "background_weight": 0.0, "temperature": 2.0}
+    same(kd.fgd_loss(s, t, nothing, **alone, attention_weight=1.0), expected)
+    context = kd.GlobalContext(3).double()
+    losses = [
+        kd.fgd_loss(s, t, nothing, **alone, attention_weight=0.0, global_context=context, global_weight=w)
+        for w in (0.3, torch.tensor(0.3, dtype=F64))
+    ]
+    same(losses[0], 0.3 * (s - t).pow(2).sum() / 2)  # a context that has learned nothing adds nothing
+    same(losses[1], losses[0])
+
+
+def test_weighted_detections() -> None:
+    scores = randn(2, 3, 4), randn(2, 3, 4, seed=1)
+    boxes = 3 * randn(2, 3, 4, seed=2), 3 * randn(2, 3, 4, seed=3)
+    valid = torch.tensor([[1.0, 0.0, 0.5], [2.0, 0.25, 0.0]], dtype=F64)
+    each = F.smooth_l1_loss(*boxes, beta=0.3, reduction="none").sum(2)
+    log_s, log_t = (x.log_softmax(2) for x in scores)
+    rows = (log_t.exp() * (log_t - log_s)).sum(2)
+    got = kd.detection_distillation_loss(*scores, *boxes, valid=valid, beta=0.3, class_weight=3.0)
+    same(got, (valid * (3 * rows + each)).sum() / valid.sum())
+
+
+def test_temperature_of_ranks() -> None:
+    s, t = randn(4, 5), randn(4, 5, seed=1)
+    p, q = (t / 3).softmax(1), (s / 3).softmax(1)
+    rows = (p * (p / q).log()).sum(1)
+    same(kd.rank_mimicking_loss(s, t, temperature=3.0), rows.mean())
+    same(kd.rank_mimicking_loss(s, t, temperature=3.0, scale_by_t2=True), 9 * rows.mean())
+
+
+def test_relations_with_a_least_distance() -> None:
+    s, t = randn(6, 3), randn(6, 4, seed=1)
+    same(kd.rkd_loss(s, t, eps=6.0, beta=0.3), relations(s, t, False, 1, 2, 6.0, 0.3))
+    same(kd.rkd_distance_loss(s, t, eps=6.0, beta=0.3), relations(s, t, False, 1, 0, 6.0, 0.3))
+    d_s, d_t = (torch.cdist(x, x) for x in (s, t))
+    nearest = d_t.fill_diagonal_(torch.inf).topk(4, largest=False).indices
+    scores = -3 * d_s.pow(2).clamp_min(6.0).pow(1.5).gather(1, nearest)
+    rows = sum(scores[:, m:].logsumexp(1) - scores[:, m] for m in range(4))
+    same(kd.hard_dark_rank_loss(s, t, eps=6.0), rows.mean())
+
+
+def test_a_mask_beside_classes() -> None:
+    s, t, y, mask = randn(6, 3), randn(6, 4, seed=1), torch.arange(6) // 2, randn(6, 6, seed=2).abs()
+    together = mask * (y[:, None] == y)
+    same(kd.rkd_distance_loss(s, t, mask=mask, labels=y), kd.rkd_distance_loss(s, t, mask=together))
+    same(kd.rkd_loss(s, t, mask=mask, labels=y), kd.rkd_loss(s, t, mask=together))
+
+
+def test_weights_of_pairs() -> None:
+    s, t, w = randn(6, 3), randn(6, 4, seed=1), randn(6, 6, seed=2).abs().fill_diagonal_(0.0)
+    a, b = (torch.cdist(x, x) for x in (s, t))
+    a, b = (d / ((w * d).sum() / w.sum()) for d in (a, b))
+    total = (w * F.smooth_l1_loss(a, b, reduction="none")).sum()
+    for reduction, divisor in (("mean", 36), ("pairs", w.sum()), ("sum", 1)):
+        same(kd.rkd_distance_loss(s, t, mask=w, reduction=reduction), total / divisor)
+
+
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("squared", [False, True])
+def test_instance_relations_of_layers(squared: bool, detach: bool) -> None:
+    layers = [[randn(5, 2, 6, 6, seed=k), randn(5, 4, 4, 4, seed=k + 1), randn(5, 8, 2, 2, seed=k + 2)] for k in (0, 9)]
+
+    def over_maximum(d2: torch.Tensor) -> torch.Tensor:
+        d = d2 if squared else d2.where(d2 > 0, 1.0).sqrt().where(d2 > 0, 0.0)
+        return d / (d.detach() if detach else d).max()
+
+    def edges(x: torch.Tensor) -> torch.Tensor:
+        return over_maximum((x.flatten(1)[:, None] - x.flatten(1)).pow(2).sum(2))
+
+    def moved(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x = F.adaptive_avg_pool2d(x, y.shape[2:])
+        return over_maximum((x - y.unflatten(1, (x.shape[1], 2)).mean(2)).flatten(1).pow(2).sum(1))
+
+    def published(*s: torch.Tensor) -> torch.Tensor:
+        of_edges = [F.mse_loss(edges(x), edges(y)) for x, y in zip(s, layers[1], strict=True)]
+        of_moves = [F.mse_loss(moved(*s[k : k + 2]), moved(*layers[1][k : k + 2])) for k in (0, 1)]
+        return 2 * sum(of_edges) / 3 + 3 * sum(of_moves) / 2
+
+    def ours(*s: torch.Tensor) -> torch.Tensor:
+        return kd.instance_relation_graph_loss(
+            s, layers[1], edge_weight=2.0, transformation_weight=3.0, squared=squared, detach_maximum=detach
+        )
+
+    close(gradients(ours, *layers[0]), gradients(published, *layers[0]), 1e-10)
+
+
+# -------------------------------------------------------------------------------------------------------------- kernels
+
+# Options that no case of the registry has, of one that has the others: an eps that counts, mostly.
+RARE: dict[str, tuple[str, dict[str, Any]]] = {
+    "attention-eps": ("attention_transfer", {"eps": 3.0, "channels": "sum"}),
+    "attention-norm-eps": ("attention_transfer", {"eps": 0.5, "add_eps": True, "distance": "norm", "p": 3.0}),
+    "channel-attention": ("channel_attention_transfer", {"distance": "norm", "p": 3.0, "signed": True}),
+    "cosine-eps": ("cosine", {"eps": 2.0, "reduction": "sum"}),
+    "margin": ("margin_ranking", {"margin": -0.3, "reduction": "sum"}),
+    "margin-hardest": ("margin_ranking-hardest", {"margin": 0.2, "reduction": "none"}),
+    "variational": ("variational_information", {"eps": 0.5, "reduction": "batchmean"}),
+    "pearson-eps": ("pearson_feature", {"eps": 0.5}),
+    "similarity-eps": ("similarity_preserving", {"eps": 6.0}),
+    "similarity-l1-eps": ("similarity_preserving-l1", {"eps": 9.0}),
+    "pkt-eps": ("pkt", {"eps": 0.3}),
+    "congruence-eps": ("correlation_congruence", {"eps": 2.5}),
+    "gram-sum": ("gram", {"reduction": "sum"}),
+    "nst-eps": ("nst", {"eps": 1.5}),
+    "nst-channels-eps": ("nst-channels", {"eps": 1.5}),
+    "ickd-eps": ("ickd", {"eps": 6.0, "reduction": "sum"}),
+    "fsp-norm-sum": ("fsp-norm", {"reduction": "sum"}),
+    "rkd-eps": ("rkd", {"eps": 8.0, "beta": 0.3, "mean_normalize": False, "reduction": "sum"}),
+    "rkd-distance-eps": ("rkd_distance", {"eps": 8.0, "reduction": "pairs"}),
+    "dark-rank-eps": ("hard_dark_rank", {"eps": 5.0}),
+    "global-structure": ("global_structure", {"kernel": "polynomial", "offset": 0.5, "degree": 3}),
+    "dist-eps": ("dist_loss-clamp", {"eps": 0.1}),
+    "decoupled": ("decoupled_kd_loss", {"temperature": 2.0, "teacher_temperature": 3.0, "alpha": 0.5, "beta": 2.0}),
+    "skew": ("skew_kl_div", {"skew": 0.4}),
+    "skew-reverse": ("skew_reverse_kl_div", {"skew": 0.4}),
+    "lwf": ("lwf_loss", {"uniform": 0.1, "temperature": 3.0}),
+}  # fmt: skip
+
+
+TAKEN = [
+    pytest.param(target, name, id=f"{target}-{name}")
+    for target in TARGETS if target.fused for name, (known, _) in RARE.items() if runs_on(CASES[known], target)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fused, name", TAKEN)
+def test_kernels_take_rare_options(fused: Target, name: str, generator: torch.Generator) -> None:
+    known, options = RARE[name]
+    case = dataclasses.replace(CASES[known], name=name, options={**CASES[known].options, **options})
+    shape = min(case.shapes, key=lambda s: abs(torch.Size(s).numel() - 60))
+    CASES[name] = case  # where sweep.levels looks it up
+    check(case, case.make(shape, generator), fused, shape, (F32,) * len(case.grads), unit=False)
