@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from kdkernels.losses.module import LossModule
 from kdkernels.ops.gram_match import reference
 from kdkernels.ops.gram_match.kinds import Kind, Normalize
 from kdkernels.ops.gram_match.op import gram_match
+from kdkernels.ops.plans import remembered
 
 
 def _pair(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,18 +34,24 @@ def _same_channels(student: torch.Tensor, teacher: torch.Tensor) -> None:
         )
 
 
-def _resized(pool: str, **maps: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Maps pooled to the least height and width among them, by "avg" or "max"."""
+def _common_size(**maps: torch.Tensor) -> tuple[int, ...]:
+    """The least height and width among maps, or their positions where all have the same."""
     if len({x.shape[2:] for x in maps.values()}) == 1:
-        return tuple(maps.values())
+        return tuple(next(iter(maps.values())).shape[2:])
     for name, x in maps.items():
         if x.dim() != 4:
             sizes = ", ".join(str(tuple(m.shape)) for m in maps.values())
             raise ValueError(f"{name} must be (N, C, H, W) where maps differ in size; got shapes {sizes}")
     height, width = (min(x.shape[d] for x in maps.values()) for d in (2, 3))
-    pooled = F.adaptive_avg_pool2d if pool == "avg" else F.adaptive_max_pool2d
-    size = (height, width)
-    return tuple(x if x.shape[2:] == size else pooled(x, size) for x in maps.values())
+    return height, width
+
+
+def _pooled(x: torch.Tensor, size: tuple[int, ...], pool: str = "avg") -> torch.Tensor:
+    """A map of that size, (N, C, positions)."""
+    if x.shape[2:] != size:
+        pooled = F.adaptive_avg_pool2d if pool == "avg" else F.adaptive_max_pool2d
+        x = pooled(x, (size[0], size[1]))
+    return x.flatten(2)
 
 
 def gram_loss(
@@ -122,7 +130,8 @@ def nst_loss(
     checks.plain_number("eps", eps, low=0, open_low=True)
     checks.flag("detach_teacher_term", detach_teacher_term)
     _pair(student, teacher)
-    s, t = (x.flatten(2) for x in _resized("avg", student=student, teacher=teacher))
+    size = _common_size(student=student, teacher=teacher)
+    s, t = _pooled(student, size), _pooled(teacher, size)
     n, channels, others, positions = s.shape[0], s.shape[1], t.shape[1], s.shape[2]
     scale = 1.0 / max(n, 1) if reduction == "mean" else 1.0
     backend = backends.resolve("nst_loss", (s, t), backend)
@@ -183,11 +192,26 @@ def fsp_loss(
 
     Against others: RepDistiller has these defaults; torchdistill passes pool="max", distance="norm".
     """
+    maps = student_first, student_second, teacher_first, teacher_second
+    sizes, options = _fsp_plan(maps, pool, distance, reduction, backend)
+    s1, s2, t1, t2 = (_pooled(x, size, pool) for x, size in zip(maps, sizes, strict=True))
+    if distance == "squared":
+        return gram_match(s1, t1, s2, t2, kind=Kind.LINEAR, **options)
+    return gram_match(s2, t2, s1, t1, kind=Kind.LENGTHS, **options)
+
+
+@remembered
+def _fsp_plan(
+    maps: tuple[torch.Tensor, ...], pool: str, distance: str, reduction: str, backend: str
+) -> tuple[tuple[tuple[int, ...], ...], dict[str, Any]]:
+    """What each map is pooled to, and gram_match's options, once fsp_loss's arguments are found to be right."""
     checks.choice("pool", pool, ("avg", "max"))
     checks.choice("distance", distance, ("squared", "norm"))
     checks.choice("reduction", reduction, ("mean", "sum"))
-    given = {"student_first": student_first, "student_second": student_second, "teacher_first": teacher_first,
-             "teacher_second": teacher_second}  # fmt: skip
+    student_first, student_second, teacher_first, teacher_second = maps
+    of_student = {"student_first": student_first, "student_second": student_second}
+    of_teacher = {"teacher_first": teacher_first, "teacher_second": teacher_second}
+    given = of_student | of_teacher
     for name, x in given.items():
         checks.maps(name, x)
         if x.shape[0] != student_first.shape[0]:
@@ -200,18 +224,15 @@ def fsp_loss(
             raise ValueError(
                 f"student_{layer} and teacher_{layer} must have the same number of channels, got {s.shape[1]} and {t.shape[1]}"
             )
-    s1, s2 = (x.flatten(2) for x in _resized(pool, student_first=student_first, student_second=student_second))
-    t1, t2 = (x.flatten(2) for x in _resized(pool, teacher_first=teacher_first, teacher_second=teacher_second))
-    n, rows, columns = s1.shape[0], s1.shape[1], s2.shape[1]
+    of_s, of_t = _common_size(**of_student), _common_size(**of_teacher)
+    n, rows, columns = student_first.shape[0], student_first.shape[1], student_second.shape[1]
     divisor = 1 if reduction == "sum" else n if distance == "norm" else n * rows * columns
-    options: dict[str, Any] = {
+    options = {
         "scale": 1.0 / max(divisor, 1),
-        "factors": (1.0 / s1.shape[2], 1.0 / t1.shape[2]),
-        "backend": backends.resolve("fsp_loss", (s1, s2, t1, t2), backend),
+        "factors": (1.0 / math.prod(of_s), 1.0 / math.prod(of_t)),
+        "backend": backends.resolve("fsp_loss", maps, backend),
     }
-    if distance == "squared":
-        return gram_match(s1, t1, s2, t2, kind=Kind.LINEAR, **options)
-    return gram_match(s2, t2, s1, t1, kind=Kind.LENGTHS, **options)
+    return (of_s, of_s, of_t, of_t), options
 
 
 def ickd_loss(

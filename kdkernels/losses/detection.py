@@ -355,9 +355,9 @@ def rank_mimicking_loss(
                 f"{tuple(valid.shape)}"
             )
         weight = valid.any(1)
-        keep = valid | ~weight.unsqueeze(1)  # an object without candidates is left out as a row, and stays finite
-        student_scores = student_scores.masked_fill(~keep, -torch.inf)
-        teacher_scores = teacher_scores.masked_fill(~keep, -torch.inf)
+        absent = ~valid & weight.unsqueeze(1)  # an object without candidates is left out as a row, and stays finite
+        student_scores = student_scores.masked_fill(absent, -torch.inf)
+        teacher_scores = teacher_scores.masked_fill(absent, -torch.inf)
     return kl_div(
         student_scores, teacher_scores, temperature=temperature, scale_by_t2=scale_by_t2, reduction=reduction,
         weight=weight, num_items=num_items, backend=backend,

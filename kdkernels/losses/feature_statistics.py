@@ -125,12 +125,14 @@ def pearson_feature_loss(
     if backend == "reference":
         x, y = (_standardized(of_channels(v, dim).transpose(0, 1).flatten(1), eps) for v in as_wide(student, teacher))
         return 0.5 * (x - y).pow(2).sum() / max(channels * n, 1)
-    a, b, aa, bb, ab = sums.moments(student, teacher, channels=True, dim=dim, backend=backend).sum(1)
     n = max(n, 1)
-    aa, bb, ab = (squares - u * v / n for squares, u, v in ((aa, a, a), (bb, b, b), (ab, a, b)))
-    by_s, by_t = (_inverse_std(sums, squares, n, eps) for sums, squares in ((aa, aa + a * a / n), (bb, bb + b * b / n)))
-    each = aa * by_s**2 + bb * by_t**2 - 2 * ab * by_s * by_t
-    return (0.5 * each.sum() / (channels * n)).float()
+    found = sums.moments(student, teacher, channels=True, dim=dim, backend=backend).sum(1)
+    of_each, squares = found[:2], found[2:4]
+    centred = squares - of_each.square() / n
+    inverse = _inverse_std(centred, squares, n, eps)
+    products = (found[4] - of_each[0] * of_each[1] / n) * inverse[0] * inverse[1]
+    apart = (centred * inverse.square()).sum(0) - 2 * products
+    return (0.5 * apart.sum() / (channels * n)).float()
 
 
 CONSTANT = 1e-13  # of the sum of squares: what float64 sums leave of a constant channel's variance

@@ -187,9 +187,10 @@ def hint_loss(
         x, y = as_wide(x, y)
         return (normalized(x) - normalized(y)).pow(2).sum() * factor
     # |x/|x| - y/|y||^2 from the second moments of each sample, in float64.
-    _, _, xx, yy, xy = sums.moments(x.unsqueeze(1), y.unsqueeze(1), channels=True, backend=backend)
-    a, b = inverse_norms(xx), inverse_norms(yy)
-    return (sums.ordered_sum(xx * a**2 + yy * b**2 - 2 * xy * (a * b)) * factor).float()
+    found = sums.moments(x.unsqueeze(1), y.unsqueeze(1), channels=True, backend=backend)
+    squares, products, lengths = found[2:4], found[4], inverse_norms(found[2:4])
+    apart = (squares * lengths.square()).sum(0) - 2 * products * lengths[0] * lengths[1]
+    return (sums.ordered_sum(apart) * factor).float()
 
 
 @remembered
@@ -215,9 +216,11 @@ def _hint_plan(
 
 
 def inverse_norms(squares: torch.Tensor, eps: float = EPS) -> torch.Tensor:
-    """One over lengths of at least eps, from squared lengths; of zero vectors 0, so that they get no gradient."""
-    long = squares > eps**2
-    return squares.where(long, 1.0).rsqrt().where(long, 1.0 / eps if eps else 0.0).where(squares != 0, 0.0)
+    """One over lengths of at least eps, from squared lengths in float64; of zero vectors 0, so that they get no gradient."""
+    return squares.clamp_min(max(eps**2, NOT_ZERO)).rsqrt().masked_fill(squares == 0, 0.0)
+
+
+NOT_ZERO = 1e-200  # far below any square of float32 numbers; its root's derivative is finite
 
 
 def normalized(x: torch.Tensor, eps: float = EPS, add_eps: bool = False) -> torch.Tensor:

@@ -52,17 +52,25 @@ def cosine_loss(
         TypeError: vectors that are not floating point.
         BackendError: the backend asked for cannot run here.
     """
-    checks.choice("reduction", reduction, REDUCTIONS)
-    checks.plain_number("eps", eps, low=0)
-    dim = checked(student, teacher, dim, suffix="")
-    rows = list(student.shape)
-    del rows[dim]
-    backend = backends.resolve("cosine_loss", (student, teacher), backend, SUPPORTED)
+    dim, rows, backend = _cosine_plan((student, teacher), dim, eps, reduction, backend)
     if backend == "reference":
         x, y = (normalized(of_channels(v, dim), eps) for v in as_wide(student, teacher))
         return _reduce(1 - (x * y).sum(1).reshape(rows), reduction)
-    _, _, xx, yy, xy = sums.moments(student, teacher, channels=False, dim=dim, backend=backend)
-    return _reduce(1 - (xy * inverse_norms(xx, eps) * inverse_norms(yy, eps)).reshape(rows), reduction).float()
+    found = sums.moments(student, teacher, channels=False, dim=dim, backend=backend)
+    of_student, of_teacher = inverse_norms(found[2:4], eps).unbind()
+    return _reduce(1 - (found[4] * of_student * of_teacher).reshape(rows), reduction).float()
+
+
+@remembered
+def _cosine_plan(
+    tensors: tuple[torch.Tensor, torch.Tensor], dim: int, eps: float, reduction: str, backend: str
+) -> tuple[int, tuple[int, ...], str]:
+    """cosine_loss's axis, the shape without it and the backend, once its arguments are found to be right."""
+    checks.choice("reduction", reduction, REDUCTIONS)
+    checks.plain_number("eps", eps, low=0)
+    dim = checked(*tensors, dim, suffix="")
+    shape = tensors[0].shape
+    return dim, (*shape[:dim], *shape[dim + 1 :]), backends.resolve("cosine_loss", tensors, backend, SUPPORTED)
 
 
 def margin_ranking_loss(

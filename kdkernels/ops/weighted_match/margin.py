@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kdkernels.native import View
-from kdkernels.ops.library import define, first_order
+from kdkernels.ops.library import define, first_order, learns
 from kdkernels.ops.scalars import pack
 from kdkernels.ops.weighted_match.sums import kernels
 
@@ -74,4 +74,5 @@ def margin_rows(
         hardest: the largest only.
         backend: a resolved one, not "reference".
     """
-    return MarginRows.apply(x, labels.contiguous(), pack((margin, 0.0)), (hardest, ignore_index, backend))
+    labels, scalars, options = labels.contiguous(), pack((margin, 0.0)), (hardest, ignore_index, backend)
+    return MarginRows.apply(x, labels, scalars, options) if learns(x) else margin_op(x, labels, scalars, None, *options)

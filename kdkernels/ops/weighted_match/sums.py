@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kdkernels.ops.library import define, first_order
+from kdkernels.ops.library import define, first_order, learns
 from kdkernels.ops.scalars import pack
 from kdkernels.ops.weighted_match import native, reference
 from kdkernels.ops.weighted_match.maps import Plan, as_dense, as_map, like, of_channels, plan
@@ -180,7 +180,11 @@ def power_sums(
         return reference.power_sums(of_channels(x, dim), p, signed, channels, pixels, channel_weight, pixel_weight)
     odd = signed and p % 2 == 1
     options = exponent_of(p), odd, channels, pixels, dim, backend
-    of_each = PowerSums.apply(x, channel_weight, pixel_weight, pack((p, 0.0)), options)
+    sides, scalars = (channel_weight, pixel_weight), pack((p, 0.0))
+    if learns(x, *sides):
+        of_each = PowerSums.apply(x, *sides, scalars, options)
+    else:
+        of_each = power_sums_op(x, *map(small, sides), scalars, *options)
     return of_each[0] if channels else None, of_each[1] if pixels else None
 
 
@@ -274,4 +278,6 @@ def moments(
     Returns:
         float64 (5, batch, channels or pixels): so many digits that neither variances nor correlations lose any.
     """
+    if not learns(student, teacher):
+        return moments_op(student, teacher, channels, dim, backend)
     return Moments.apply(student, teacher, channels, dim, backend)
