@@ -482,6 +482,18 @@ def test_uld(classes: tuple[int, int], backend: str, generator: torch.Generator)
     assert torch.equal(ULDLoss(**options)(s, teacher), loss)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_uld_keeps_the_order_of_equal_scores(dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Zeros of both signs among them: which class gets which gradient is torch's stable sort's choice."""
+    s, t = (torch.randint(-2, 3, (4, v), generator=generator).to(dtype) for v in (300, 260))
+    s = s.where(torch.rand(s.shape, generator=generator) < 0.5, -s).requires_grad_()
+    (got,), (wanted,) = (
+        torch.autograd.grad(uld_loss(x, t.to(x.dtype), reduction="sum", backend=backend), x)
+        for x, backend in ((s, "auto"), (s.detach().double().requires_grad_(), "reference"))
+    )
+    close(got.double(), wanted, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
 def test_uld_traps(generator: torch.Generator) -> None:
     s = torch.randn(4, 9, generator=generator)
     same = s[:, torch.randperm(9, generator=generator)]
