@@ -14,6 +14,7 @@ from sweep import CASES, F32, F64, check, runs_on
 from targets import TARGETS, Target
 
 import kdkernels as kd
+from kdkernels.ops.graph_closure.op import soft_shortest_paths
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -157,6 +158,104 @@ def test_instance_relations_of_layers(squared: bool, detach: bool) -> None:
         )
 
     close(gradients(ours, *layers[0]), gradients(published, *layers[0]), 1e-10)
+
+
+KERNELS: dict[str, tuple[dict[str, Any], Any]] = {
+    "polynomial": ({"kernel": "polynomial", "offset": 0.5, "degree": 3}, lambda x: (x @ x.T + 0.5) ** 3),
+    "euclidean": ({"kernel": "euclidean", "squared": False}, lambda x: torch.cdist(x, x)),
+    "squared": ({"kernel": "euclidean", "squared": True}, lambda x: torch.cdist(x, x) ** 2),
+    "rbf": ({"kernel": "rbf", "gamma": 0.2}, lambda x: torch.exp(-0.2 * torch.cdist(x, x) ** 2)),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_between_nodes(name: str) -> None:
+    options, kernel = KERNELS[name]
+    s, t = randn(6, 3), randn(6, 4, seed=1)
+    same(kd.global_structure_loss(s, t, normalize=False, **options), F.mse_loss(kernel(s), kernel(t)), 1e-10)
+    edges = torch.tensor([[1, 2, 3, 0, 4, 5, 2], [0, 0, 0, 1, 1, 2, 5]])  # 3 and 4 have no neighbours
+    expected = torch.zeros((), dtype=F64)
+    for node in range(6):
+        a, b = (kernel(x)[edges[0, edges[1] == node], node].log_softmax(0) for x in (s, t))
+        expected += (b.exp() * (b - a)).sum()
+    for reduction, divisor in (("nodes", 6), ("edges", 7), ("sum", 1)):
+        same(kd.local_structure_loss(s, t, edges, reduction=reduction, **options), expected / divisor, 1e-10)
+
+
+@pytest.mark.parametrize("kernel", ["linear", "rbf"])
+def test_soft_graphs_of_any_scale(kernel: str) -> None:
+    s, t = randn(5, 3), randn(5, 4, seed=1)
+    options = {"threshold": 0.3, "sharpness": 0.4, "temperature": 0.7, "hop": 0.6}
+
+    def graphs(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        similarity = (
+            F.normalize(x) @ F.normalize(x).T if kernel == "linear" else torch.exp(-0.2 * torch.cdist(x, x) ** 2)
+        )
+        costs = -torch.log(torch.sigmoid((similarity - 0.3) / 0.4))
+        paths = [soft_shortest_paths(c[None], 0.7, backend="reference")[0] for c in (costs, costs + 0.6)]
+        return torch.exp(-paths[0]), paths[1]
+
+    (r_s, p_s), (r_t, p_t) = graphs(s), graphs(t)
+    total = 2 * (r_s - r_t).pow(2).sum() + 3 * F.smooth_l1_loss(p_s, p_t, beta=0.05, reduction="sum")
+    options |= {"connectivity_weight": 2.0, "path_weight": 3.0, "beta": 0.05, "kernel": kernel, "gamma": 0.2}
+    for reduction, divisor in (("mean", 20), ("sum", 1)):
+        got = kd.graph_structure_loss(s, t, **options, normalize=kernel == "linear", reduction=reduction)
+        same(got, total / divisor, 1e-9)
+
+
+def test_contrast() -> None:
+    s, t, queue = (F.normalize(randn(n, 4, seed=k)) for k, n in enumerate((5, 5, 7)))
+    own = torch.arange(5)
+    z = s @ t.T / 0.2
+    both = (F.cross_entropy(z, own) + F.cross_entropy(z.T, own)) / 2
+    same(kd.info_nce_distillation_loss(s, t, temperature=0.2), F.cross_entropy(z, own))
+    same(kd.info_nce_distillation_loss(s, t, temperature=0.2, symmetric=True), both)
+    scores = [torch.cat([(x * t).sum(1, keepdim=True), x @ queue.T], 1) for x in (s, t)]
+    expected = F.cross_entropy(scores[0] / 0.2, 0 * own)
+    same(kd.info_nce_distillation_loss(s, t, queue=queue, temperature=0.2), expected)
+    log_q, p = (scores[0] / 0.5).log_softmax(1), (scores[1] / 0.1).softmax(1)
+    for scaled, factor in ((False, 1.0), (True, 0.25)):
+        got = kd.seed_loss(s, t, queue, temperature=0.5, teacher_temperature=0.1, scale_by_t2=scaled)
+        same(got, -factor * (p * log_q).sum(1).mean())
+        log_q_, log_p = ((x @ queue.T / 0.5).log_softmax(1) for x in (s, t))
+        got = kd.compress_loss(s, t, queue, temperature=0.5, scale_by_t2=scaled)
+        same(got, factor * (log_p.exp() * (log_p - log_q_)).sum(1).mean())
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_contrast_with_noise(dense: bool) -> None:
+    s, t, bank_s, bank_t = (F.normalize(randn(n, 4, seed=k)) for k, n in enumerate((3, 3, 9, 9)))
+    indices = torch.tensor([[0, 5, 6, 6], [4, 1, 2, 3], [8, 8, 7, 0]])
+
+    def nce(x: torch.Tensor, bank: torch.Tensor, z: float | None) -> torch.Tensor:
+        scores, c = ((bank[indices] @ x[:, :, None]).squeeze(2) / 0.3).exp(), 3 / 9
+        p = scores / (scores.mean() * 9 if z is None else z)
+        return -(p[:, 0] / (p[:, 0] + c + 0.1)).log() - (c / (p[:, 1:] + c + 0.1)).log().sum(1)
+
+    options: dict[str, Any] = {"temperature": 0.3, "eps": 0.1, "dense": dense}
+    for given in (None, (5.0, 11.0)):
+        z_s, z_t = given or (None, None)
+        rows = nce(s, bank_t, z_s) + nce(t, bank_s, z_t)
+        got = kd.crd_loss(s, t, bank_s, bank_t, indices, normalizers=given, reduction="none", **options)
+        same(got, rows, 1e-10)
+        same(
+            kd.crd_loss(s, t, bank_s, bank_t, indices, normalizers=given, reduction="batchmean", **options),
+            rows.mean(),
+            1e-10,
+        )
+
+
+def test_a_teachers_own_temperature() -> None:
+    s, t, options = randn(4, 7), randn(4, 7, seed=1), {"temperature": 2.0, "teacher_temperature": 3.0}
+    values, indices = t.topk(3)
+    log_q, log_p = (values / 3).log_softmax(1), (s / 2).log_softmax(1).gather(1, indices)
+    rows = (log_q.exp() * (log_q - log_p)).sum(1)
+    same(kd.topk_div(s, values, indices, **options), 4 * rows.mean())
+    same(kd.topk_div(s, values, indices, **options, scale_by_t2=False, reduction="sum"), rows.sum())
+    p, q = ((x / by).softmax(1).sort(1, descending=True).values for x, by in ((s, 2), (t[:, :5], 3)))
+    rows = (p - F.pad(q, (0, 2))).abs().sum(1)
+    same(kd.uld_loss(s, t[:, :5], **options), rows.mean())
+    same(kd.uld_loss(s, t[:, :5], **options, scale_by_t2=True, reduction="none"), 4 * rows)
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
