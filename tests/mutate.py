@@ -38,6 +38,7 @@ BESIDE = {
     "scale": "row_divergence",
     "pairwise_distance": "triplet_angle",  # one entry for both
     "triplet_angle": "pairwise_distance",
+    "graph_closure": "pairwise_distance",
 }
 
 

@@ -258,6 +258,40 @@ def test_a_teachers_own_temperature() -> None:
     same(kd.uld_loss(s, t[:, :5], **options, scale_by_t2=True, reduction="none"), 4 * rows)
 
 
+def test_a_tail_below_rounding_is_none() -> None:
+    certain = torch.tensor([[0.0, -torch.inf, -torch.inf]])
+    options = {"missing": "tail", "teacher_values_are": "log_probs"}
+    for value, finite in ((-6e-8, True), (-6e-7, False)):
+        loss = kd.topk_div(certain, torch.tensor([[value]]), torch.tensor([[0]]), **options)
+        assert loss.isfinite() == finite and loss >= -1e-6
+
+
+def test_peers_of_two_dtypes(target: Target) -> None:
+    wide, half = (randn(4, 5, seed=k).to(target.device, dtype) for k, dtype in enumerate((F32, torch.bfloat16)))
+    expected = kd.mutual_kl_div([wide, half.float()], backend=target.backend)
+    for peers in ([wide, half], [half, wide]):
+        torch.testing.assert_close(kd.mutual_kl_div(peers, backend=target.backend), expected)
+
+
+def test_items_of_peers(target: Target) -> None:
+    peers = [randn(4, 5, seed=k).to(target.device, F32) for k in range(3)]
+    total = kd.mutual_kl_div(peers, reduction="sum", backend=target.backend)
+    for items in (7, torch.tensor(7), torch.tensor([7.0], device=target.device)):
+        torch.testing.assert_close(kd.mutual_kl_div(peers, num_items=items, backend=target.backend), total / 7)
+
+
+def test_a_tensor_with_one_element_gives_the_loss_no_axis(target: Target) -> None:
+    s, t = (randn(4, 5, seed=k).to(target.device, F32) for k in range(2))
+    labels, one = torch.arange(4, device=target.device), torch.tensor([2.0])
+    for loss in (
+        kd.kl_div(s, t, num_items=one, backend=target.backend),
+        kd.distillation_loss(s, t, labels, num_items=one, backend=target.backend),
+        kd.dist_loss(s, t, temperature=one, beta=one, gamma=one, scale_by_t2=True, backend=target.backend),
+        kd.rkd_loss(s, t, distance_weight=one, angle_weight=one, backend=target.backend),
+    ):
+        assert loss.shape == ()
+
+
 # -------------------------------------------------------------------------------------------------------------- kernels
 
 # Options that no case of the registry has, of one that has the others: an eps that counts, mostly.

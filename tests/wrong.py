@@ -200,6 +200,8 @@ def trouble(
     except ERRORS as error:
         return f"taken, while {number!r} is refused: {str(error)[:160]}"
     if isinstance(found, torch.Tensor) and isinstance(expected, torch.Tensor) and not torch.equal(found, expected):
+        if found.shape != expected.shape:
+            return f"of shape {tuple(found.shape)}, while {number!r} gives {tuple(expected.shape)}"
         close = torch.allclose(found, expected, rtol=1e-5, atol=1e-7, equal_nan=True)
         return None if close else f"{found.tolist()}, while {number!r} gives {expected.tolist()}"
     return None

@@ -14,7 +14,7 @@ from kdkernels.losses.boxes import Boxes, box_masks, giou, map_scale, padded_box
 from kdkernels.losses.features import SUPPORTED, adapted, as_wide, checked, hint_loss
 from kdkernels.losses.logits import kl_div
 from kdkernels.losses.module import LossModule
-from kdkernels.ops.scalars import Number
+from kdkernels.ops.scalars import Number, factor
 from kdkernels.ops.weighted_match import op, sums
 from kdkernels.typed import typed
 
@@ -150,10 +150,12 @@ def fgd_loss(
     pixels = pixels_t * (foreground_weight * front + background_weight * back).flatten(1)
     loss = op.match(s, t, channel_weight=channels_t, pixel_weight=pixels, factor=share, backend=backend)
     apart = (pixels_s - pixels_t).abs().sum(1) + (channels_s - channels_t).abs().sum(1)
-    loss = loss + attention_weight * share * apart.sum()
+    loss = loss + factor(attention_weight) * share * apart.sum()
     if global_context is not None:
         added = global_context("student", s, backend) - global_context("teacher", t, backend)
-        weight, outer = (global_weight, 1.0) if not isinstance(global_weight, torch.Tensor) else (1.0, global_weight)
+        weight, outer = (
+            (global_weight, 1.0) if not isinstance(global_weight, torch.Tensor) else (1.0, factor(global_weight))
+        )
         loss = loss + outer * op.match(s, t, channel_offset=added, factor=weight * share, backend=backend)
     return loss
 
@@ -217,7 +219,7 @@ def detection_distillation_loss(
     levels = _levels(student_features, teacher_features, adapters)
     # Nothing was launched until here; what is left to check is kl_div's.
     if scores_s.shape[0]:
-        loss = class_weight * kl_div(
+        loss = factor(class_weight) * kl_div(
             scores_s, scores_t, temperature=temperature, weight=None if valid is None else valid.reshape(-1),
             backend=backend,
         )  # fmt: skip
@@ -236,9 +238,11 @@ def detection_distillation_loss(
             keep = valid.reshape(-1).to(each)
             count = sums.ordered_sum(keep)
             mean = sums.ordered_sum(each.where(keep != 0, 0.0) * keep) / count.where(count > 0, 1.0)
-        loss = loss + box_weight * mean
+        loss = loss + factor(box_weight) * mean
     for s, t in levels:
-        loss = loss + feature_weight * hint_loss(s, t, backend=backend if backend in ("auto", *SUPPORTED) else "auto")
+        loss = loss + factor(feature_weight) * hint_loss(
+            s, t, backend=backend if backend in ("auto", *SUPPORTED) else "auto"
+        )
     return loss
 
 

@@ -16,7 +16,7 @@ from kdkernels.ops.gram_match.kinds import Kind, Normalize
 from kdkernels.ops.gram_match.op import gram_match
 from kdkernels.ops.graph_closure import op as closure
 from kdkernels.ops.pairwise_distance.reference import smooth_l1
-from kdkernels.ops.scalars import Number, readable
+from kdkernels.ops.scalars import Number, factor, readable
 
 if TYPE_CHECKING:
     from kdkernels.distributed.batch import Samples
@@ -354,7 +354,7 @@ def graph_structure_loss(
     # Distances from a vertex to itself are 0 in both.
     connectivity = (torch.exp(-r_s) - torch.exp(-r_t)).pow(2).sum()
     paths = smooth_l1(p_s - p_t, beta).sum()
-    total = connectivity_weight * connectivity + path_weight * paths
+    total = factor(connectivity_weight) * connectivity + factor(path_weight) * paths
     n = student.shape[0]
     return total if reduction == "sum" else total / max(n * (n - 1), 1)
 

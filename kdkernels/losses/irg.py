@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from kdkernels import backends, checks
 from kdkernels.losses.module import LossModule
 from kdkernels.losses.samples import EPS, mean_square, off_diagonal, squared_distances, wide
-from kdkernels.ops.scalars import Number
+from kdkernels.ops.scalars import Number, factor
 
 
 def _over_maximum(d2: torch.Tensor, kept: torch.Tensor | None, squared: bool, detach: bool) -> torch.Tensor:
@@ -166,15 +166,15 @@ def instance_relation_graph_loss(
         return _edges(x.flatten(1), backend, squared, detach_maximum)
 
     terms = [mean_square(edges(s) - edges(t)) for s, t in zip(student, teacher)]
-    loss = edge_weight * (sum(terms[1:], terms[0]) / len(terms))
+    loss = factor(edge_weight) * (sum(terms[1:], terms[0]) / len(terms))
     for a, b in transformations:
         moved = [
             _moved(name, x[a], x[b], squared, detach_maximum)
             for name, x in (("student", student), ("teacher", teacher))
         ]
-        loss = loss + transformation_weight / len(transformations) * mean_square(moved[0] - moved[1])
+        loss = loss + factor(transformation_weight) / len(transformations) * mean_square(moved[0] - moved[1])
     if student_logits is not None and teacher_logits is not None:
-        loss = loss + vertex_weight * mean_square(wide(student_logits) - wide(teacher_logits))
+        loss = loss + factor(vertex_weight) * mean_square(wide(student_logits) - wide(teacher_logits))
     return loss
 
 

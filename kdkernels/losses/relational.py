@@ -9,7 +9,7 @@ from kdkernels.losses.module import LossModule
 from kdkernels.losses.samples import EPS, normalized, squared_distances
 from kdkernels.ops.pairwise_distance import op as pairwise
 from kdkernels.ops.pairwise_distance import reference as pairwise_reference
-from kdkernels.ops.scalars import Number
+from kdkernels.ops.scalars import Number, factor
 from kdkernels.ops.triplet_angle import op as angles
 from kdkernels.ops.triplet_angle import reference as angles_reference
 
@@ -277,7 +277,7 @@ def rkd_loss(
     checks.flag("squared", squared)
     checks.flag("mean_normalize", mean_normalize)
     term = angles.Distances(beta, eps, squared, mean_normalize, reduction)
-    weights = distance_weight, angle_weight
+    weights = factor(distance_weight), factor(angle_weight)
     return distances.match(distances.pairs(mask, labels), term, angles.Angles(beta, reduction), weights)
 
 

@@ -10,7 +10,7 @@ from kdkernels import checks
 from kdkernels.losses.module import LossModule
 from kdkernels.ops.row_divergence.kinds import Kind
 from kdkernels.ops.row_divergence.op import row_divergence
-from kdkernels.ops.scalars import Number
+from kdkernels.ops.scalars import Number, factor
 
 
 def decoupled_kd_loss(
@@ -272,7 +272,7 @@ def auxiliary_heads_loss(
     for feature in features:
         target = teacher_feature.detach()  # type: ignore[union-attr]
         difference = torch.where((feature > 0) | (target > 0), feature - target, 0.0)
-        loss = loss + beta * difference.float().square().sum()
+        loss = loss + factor(beta) * difference.float().square().sum()
     return loss
 
 

@@ -38,6 +38,11 @@ def detached(value: Number) -> Number:
     return value.detach() if isinstance(value, torch.Tensor) else value
 
 
+def factor(value: Number) -> Number:
+    """A hyper-parameter that a loss is multiplied by, without axes that the loss would take over."""
+    return value.reshape(()) if isinstance(value, torch.Tensor) else value
+
+
 @functools.lru_cache(maxsize=4096)
 def _constant(*values: float) -> torch.Tensor:
     with torch.inference_mode(False):

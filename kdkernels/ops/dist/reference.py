@@ -56,4 +56,4 @@ def dist(
     if len(s) > 1:
         columns = pearson(_centred(p, w, p[:1], 0), _centred(q, w, q[:1], 0), w, eps, clamp, 0)
         loss = loss + gamma * (1 - columns).mean()
-    return loss * temperature**2 if scale_by_t2 else loss
+    return (loss * temperature**2 if scale_by_t2 else loss).reshape(())

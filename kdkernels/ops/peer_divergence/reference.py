@@ -49,7 +49,7 @@ def peer_divergence(
     if reduction == "none":
         return each
     if num_items is not None:
-        divisor = torch.as_tensor(num_items, dtype=dtype, device=each.device)
+        divisor = torch.as_tensor(num_items, dtype=dtype, device=each.device).reshape(())
     elif reduction == "rowmean":
         divisor = w.sum()
     else:

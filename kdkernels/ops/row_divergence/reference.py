@@ -172,6 +172,6 @@ def row_divergence(
 
 def _divide(total: torch.Tensor, divisor: float | torch.Tensor) -> torch.Tensor:
     """total / divisor, and 0 where nothing was counted."""
-    divisor = torch.as_tensor(divisor, dtype=total.dtype, device=total.device)
+    divisor = torch.as_tensor(divisor, dtype=total.dtype, device=total.device).reshape(())
     empty = divisor == 0
     return total.where(~empty, 0.0) / divisor.where(~empty, 1.0)
