@@ -115,6 +115,73 @@ def test_relations_with_a_least_distance() -> None:
     same(kd.hard_dark_rank_loss(s, t, eps=6.0), rows.mean())
 
 
+def test_similarities_with_a_least_length() -> None:
+    s, t = randn(6, 3), randn(6, 4, seed=1)
+
+    def unit(x: torch.Tensor, eps: float) -> torch.Tensor:
+        return x / x.norm(dim=-1, keepdim=True).clamp_min(eps)
+
+    def gram(x: torch.Tensor) -> torch.Tensor:
+        return x @ x.mT
+
+    same(kd.similarity_preserving_loss(s, t, eps=6.0), F.mse_loss(unit(gram(s), 6.0), unit(gram(t), 6.0)))
+    rows = [gram(x) / gram(x).abs().sum(1, keepdim=True).clamp_min(9.0) for x in (s, t)]
+    same(kd.similarity_preserving_loss(s, t, norm="l1", eps=9.0), F.mse_loss(*rows))
+    cosines = gram(unit(s, 1.7)), gram(unit(t, 1.7))
+    same(kd.cosine_similarity_matrix_loss(s, t, eps=1.7), F.mse_loss(*cosines))
+    same(kd.correlation_congruence_loss(s, t, kernel="bilinear", eps=1.7), F.mse_loss(*cosines))
+    correlations = torch.corrcoef(s), torch.corrcoef(t)
+    for normalize in (False, True):
+        got = kd.correlation_congruence_loss(s, t, kernel="correlation", normalize=normalize)
+        same(got, F.mse_loss(*correlations), 1e-10)
+    apart = (s - 2 * s.flip(0)).abs()
+    products = (apart[:-1] * apart[1:]).sum()
+    for reduction, divisor in (("mean", 5), ("sum", 1)):
+        same(
+            kd.correlation_congruence_loss(s, 2 * s.flip(0), kernel="neighbours", reduction=reduction),
+            products / divisor,
+        )
+
+
+@pytest.mark.parametrize("size", [(2, 6, 3), (2, 2, 9)], ids=["columns", "rows"])
+@pytest.mark.parametrize("detach", [False, True])
+def test_channels_with_a_least_length(size: tuple[int, ...], detach: bool) -> None:
+    s, t = randn(*size), randn(*size, seed=1)
+
+    def unit(x: torch.Tensor) -> torch.Tensor:
+        return x / x.norm(dim=2, keepdim=True).clamp_min(1.8)
+
+    def published(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        a, b = unit(s), unit(t)
+        of_t = (b @ b.mT).pow(2).mean((1, 2))
+        return (
+            (a @ a.mT).pow(2).mean((1, 2)) + (of_t.detach() if detach else of_t) - 2 * (a @ b.mT).pow(2).mean((1, 2))
+        ).sum()
+
+    ours = gradients(kd.nst_loss, s, t, eps=1.8, detach_teacher_term=detach, reduction="sum")
+    close(ours, gradients(published, s, t), 1e-10)
+    a, b = (x @ x.mT for x in (s, t))
+    a, b = (g / g.norm(dim=2, keepdim=True).clamp_min(5.0) for g in (a, b))
+    same(kd.ickd_loss(s, t, eps=5.0, reduction="sum"), (a - b).pow(2).sum())
+
+
+def test_pixels_across_images_summed() -> None:
+    s, t = randn(2, 3, 2, 3), randn(2, 4, 2, 3, seed=1)
+    a, b = (F.normalize(x.flatten(2), dim=1).mT for x in (s, t))
+    logs = [(torch.einsum("ipc,jqc->ijpq", x, x) / 0.3).log_softmax(3) for x in (a, b)]
+    total = (logs[1].exp() * (logs[1] - logs[0])).sum()
+    for reduction, divisor in (("sum", 1), ("mean", 2 * 2 * 6)):
+        same(kd.cross_image_relation_loss(s, t, temperature=0.3, reduction=reduction), total / divisor, 1e-10)
+
+
+def test_a_softcap_alone(target: Target) -> None:
+    x, head, t = (randn(*size, seed=k).to(target.device, F32) for k, size in enumerate(((4, 3), (7, 3), (7, 3))))
+    options = {"student_softcap": 1.5, "teacher_softcap": 0.5, "backend": target.backend}
+    got = gradients(lambda x, w: kd.linear_kl_div(x, w, x.detach(), t, **options), x, head)
+    capped = 0.5 * torch.tanh(x @ t.T / 0.5)
+    close(got, gradients(lambda x, w: kd.kl_div(1.5 * torch.tanh(x @ w.T / 1.5), capped), x, head), 1e-5)
+
+
 def test_a_mask_beside_classes() -> None:
     s, t, y, mask = randn(6, 3), randn(6, 4, seed=1), torch.arange(6) // 2, randn(6, 6, seed=2).abs()
     together = mask * (y[:, None] == y)
