@@ -160,6 +160,8 @@ def test_channels_with_a_least_length(size: tuple[int, ...], detach: bool) -> No
 
     ours = gradients(kd.nst_loss, s, t, eps=1.8, detach_teacher_term=detach, reduction="sum")
     close(ours, gradients(published, s, t), 1e-10)
+    larger = randn(size[0], size[1], 7, seed=2)
+    same(kd.gram_loss(s, larger), F.mse_loss(*(x @ x.mT / x[0].numel() for x in (s, larger))))
     a, b = (x @ x.mT for x in (s, t))
     a, b = (g / g.norm(dim=2, keepdim=True).clamp_min(5.0) for g in (a, b))
     same(kd.ickd_loss(s, t, eps=5.0, reduction="sum"), (a - b).pow(2).sum())
