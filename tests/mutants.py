@@ -64,7 +64,7 @@ MUTANTS = (
         ("cpu", "windows that overlap cut short", "context.h", "((i + 1) * n + cells - 1) / cells", "((i + 1) * n) / cells", "hierarchical_context"),
         ("triton", "sign of the teacher's gradient", "triton_kernels.py", "cast(-g, dt.dtype.element_ty)", "cast(g, dt.dtype.element_ty)", "hint"),
         ("triton", "squares of the other model", "triton_kernels.py", "at + (first + 2) * field", "at + 2 * field", "pearson_feature"),
-        ("triton", "ties not counted", "triton_margin.py", "tl.where(best >= 0.0, opened, 0)", "tl.where(best >= 0.0, 1, 0)", "margin_ranking"),
+        ("triton", "ties not counted", "triton_margin.py", "tl.where(best >= 0.0, opened, 0)", "tl.where(best >= 0.0, 1, 0)", "test_options.py::test_ties"),
     ),
     *family(
         "gram_match",

@@ -67,6 +67,14 @@ def test_sums_over_rows() -> None:
             same(kd.margin_ranking_loss(s, y, margin=0.3, wrong=wrong, reduction=reduction), expected)
 
 
+@pytest.mark.backends("cpu", "triton", "reference")
+def test_ties_for_the_hardest_class_share_its_gradient(target: Target) -> None:
+    x = torch.tensor([[1.0, 3.0, 3.0, 0.0, 3.0]], device=target.device, requires_grad=True)
+    y = torch.tensor([3], device=target.device)
+    kd.margin_ranking_loss(x, y, wrong="hardest", backend=target.backend).backward()
+    torch.testing.assert_close(x.grad, torch.tensor([[0.0, 1 / 3, 1 / 3, -1.0, 1 / 3]], device=target.device))
+
+
 def test_temperature_of_both_attentions() -> None:
     s, t = randn(2, 3, 4, 5), randn(2, 3, 4, 5, seed=1)
     nothing = [torch.empty(0, 4)] * 2
@@ -278,7 +286,8 @@ def test_contrast() -> None:
     z = s @ t.T / 0.2
     both = (F.cross_entropy(z, own) + F.cross_entropy(z.T, own)) / 2
     same(kd.info_nce_distillation_loss(s, t, temperature=0.2), F.cross_entropy(z, own))
-    same(kd.info_nce_distillation_loss(s, t, temperature=0.2, symmetric=True), both)
+    for chunk_bytes in (None, 1 << 20):
+        same(kd.info_nce_distillation_loss(s, t, temperature=0.2, symmetric=True, chunk_bytes=chunk_bytes), both)
     scores = [torch.cat([(x * t).sum(1, keepdim=True), x @ queue.T], 1) for x in (s, t)]
     expected = F.cross_entropy(scores[0] / 0.2, 0 * own)
     same(kd.info_nce_distillation_loss(s, t, queue=queue, temperature=0.2), expected)
