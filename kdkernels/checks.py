@@ -60,18 +60,31 @@ def tensors(name: str, x: Any) -> list[torch.Tensor]:
     return list(x)
 
 
-def integer(name: str, value: int, *, low: int = -(2**63)) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+def real(value: Any) -> bool:
+    """Whether it is a plain number: numpy's are; True is none, nor a Fraction, with which torch does not calculate."""
+    return isinstance(value, numbers.Real) and not isinstance(value, (bool, Fraction))
+
+
+def whole(value: Any) -> bool:
+    """Whether it is a plain integer: numpy's are, True is none."""
+    return isinstance(value, (int, numbers.Integral)) and not isinstance(value, bool)
+
+
+def integer(name: str, value: int, *, low: int = -(2**63)) -> int:
+    """A plain integer: what was given, or what a number of numpy's is."""
+    if not whole(value) and not isinstance(value, torch.SymInt):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if isinstance(value, int) and not low <= value < 2**63:
+    if not isinstance(value, torch.SymInt) and not low <= value < 2**63:
         least = f"be at least {low}" if value < low != -(2**63) else "fit into 64 bits"
         raise ValueError(f"{name} must {least}, got {value}")
+    return value if isinstance(value, (int, torch.SymInt)) else int(value)
 
 
 def flag(name: str, value: bool) -> None:
     """True or False and nothing like them: a tensor would be asked for its truth, and any word has one."""
     if value is not True and value is not False:
-        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+        numpys = "numpy's " if type(value).__module__ == "numpy" else ""  # whose truth values call themselves bool too
+        raise TypeError(f"{name} must be True or False, got {numpys}{type(value).__name__}")
 
 
 def scores(student_name: str, student: torch.Tensor, teacher_name: str, teacher: torch.Tensor, dim: int) -> int:
@@ -107,18 +120,20 @@ def number(
     open_low: bool = False,
     learnable: bool = False,
     optional: bool = False,
+    plain: bool = False,
     like: torch.Tensor | None = None,
 ) -> None:
     """A finite number, or a tensor with one element, within [low, high] (or above low); or None where that is a choice.
 
     Args:
+        plain: no tensor.
         like: what the loss is computed from; a tensor is there, or on the CPU.
     """
     if type(value) is float and low < value < high:
         return  # nearly always; not taken for infinities and NaN
     if value is None and optional:
         return
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and not plain:
         if value.numel() != 1:
             raise ValueError(f"{name} must be a number or a tensor with one element, got shape {tuple(value.shape)}")
         if value.is_complex() or value.dtype == torch.bool:
@@ -130,9 +145,9 @@ def number(
             raise ValueError(f"{name} must be a number, or a tensor on {like.device} or the CPU, got {value.device}")
         if not _may_read(value):
             return
-    elif isinstance(value, (bool, Fraction)) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
-        # numpy's are real; a Fraction is too, but torch does not calculate with it
-        raise TypeError(f"{name} must be a number or a tensor with one element, got {type(value).__name__}")
+    elif not real(value) and not isinstance(value, (torch.SymFloat, torch.SymInt)):
+        choices = "a number" if plain else "a number or a tensor with one element"
+        raise TypeError(f"{name} must be {choices}, got {type(value).__name__}")
     elif torch.compiler.is_compiling():
         return  # a guard on the value would recompile whenever it is annealed
     elif isinstance(value, int):
@@ -385,6 +400,4 @@ def _features_of(name: str, x: torch.Tensor) -> torch.Tensor:
 
 def plain_number(name: str, value: float | None, **bounds: Any) -> None:
     """A number that reaches the kernels by value."""
-    if isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} must be a number, got a tensor")
-    number(name, value, **bounds)
+    number(name, value, plain=True, **bounds)

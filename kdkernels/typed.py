@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from kdkernels import checks
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -28,7 +30,7 @@ def takes(hint: Any, value: Any) -> bool:
     if hint is None or hint is types.NoneType:
         return value is None
     if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+        return checks.whole(value) if hint is int else checks.real(value)
     if origin is tuple:
         return isinstance(value, tuple) and len(value) == len(inner) and all(map(takes, inner, value))
     if origin in (Sequence, Iterable):
@@ -40,6 +42,12 @@ def takes(hint: Any, value: Any) -> bool:
             return False
         return not isinstance(value, (list, tuple)) or all(takes(inner[0], one) for one in value)
     return isinstance(value, origin or hint)
+
+
+def kind(value: Any) -> str:
+    """The type of a value, and of what a list or a tuple holds."""
+    inner = dict.fromkeys(map(kind, value)) if isinstance(value, (list, tuple)) else ()
+    return type(value).__name__ + (f" of {', '.join(inner)}" if inner else "")
 
 
 def typed(function: F) -> F:
@@ -54,13 +62,17 @@ def typed(function: F) -> F:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
-            for name, value in signature.bind(*args, **kwargs).arguments.items():
+            try:
+                given = signature.bind(*args, **kwargs).arguments
+            except TypeError:
+                return function(*args, **kwargs)  # in whose name Python says what is missing, or too much
+            for name, value in given.items():
                 parameter = signature.parameters[name]
                 if name not in hints() or parameter.kind is parameter.VAR_KEYWORD:
                     continue
                 for one in value if parameter.kind is parameter.VAR_POSITIONAL else (value,):
                     if not takes(hints()[name], one):
-                        raise TypeError(f"{name} must be {parameter.annotation}, got {type(one).__name__}")
+                        raise TypeError(f"{name} must be {parameter.annotation}, got {kind(one)}")
         return function(*args, **kwargs)
 
     return call  # type: ignore[return-value]

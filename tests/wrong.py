@@ -7,6 +7,7 @@ anything is launched, or return what is right: its annotation takes the value, o
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import re
@@ -174,14 +175,19 @@ def trouble(
         also: what an error may name instead where the value is of the right type, and at odds with another argument.
     """
     value, hint, before = make(), hints_of(function)[argument], launches.count if launches else 0
+    twin = value.item() if isinstance(value, np.number) else value  # numpy's numbers must do where Python's do
     try:
         found = function(**{**good, argument: value})
     except ERRORS as error:
         words = str(error)
-        names = [argument] if not takes(hint, value) else [*hints_of(function), *also]
+        names = [argument] if not takes(hint, twin) else [*hints_of(function), *also]
         if not re.search("|".join(rf"\b{name}\b" for name in names), words):
             return f"{type(error).__name__} without its name: {words[:160]}"
         # Indices the CPU kernel of the scores looks at itself, before it writes anything (test_errors.py).
+        if twin is not value:
+            with contextlib.suppress(*ERRORS):
+                function(**{**good, argument: twin})
+                return f"refused, while {twin!r} is taken: {words[:160]}"
         if launches and launches.count > before and not isinstance(error, IndexError):
             return f"{type(error).__name__} after a launch: {words[:160]}"
         return None

@@ -55,8 +55,8 @@ def _finish(
         checks.integer("vocab_start", vocab_start, low=0)
     checks.meeting(group)
     checks.choice("reduction", reduction, ("rowmean", "batchmean", "sum", "none"))
-    hard = labels is not None and not (isinstance(alpha, (int, float)) and alpha == 1)
-    if labels is None and isinstance(alpha, (int, float)) and alpha != 1:
+    hard = labels is not None and not (checks.real(alpha) and alpha == 1)
+    if labels is None and checks.real(alpha) and alpha != 1:
         raise TypeError("labels must be a tensor where alpha is below 1: the hard-label term needs them")
     backend = backends.resolve(operation, tuple(given), backend)
     device = like.device

@@ -71,6 +71,7 @@ def dist_loss(
         shape, classes, device = student_logits.shape, student_logits.shape[dim], student_logits.device
         rows = tuple(shape[:dim] + shape[dim + 1 :])
         weight = checks.per_row("weight", weight, rows, device)
+        ignore_index = checks.integer("ignore_index", ignore_index)
         labels = checks.labels_of(labels, rows, classes, ignore_index, device)
     checks.number("temperature", temperature, low=0, open_low=True, like=student_logits)
     checks.number("beta", beta, like=student_logits)

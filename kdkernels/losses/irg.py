@@ -153,7 +153,7 @@ def instance_relation_graph_loss(
     if not isinstance(transformations, (list, tuple)):
         raise TypeError(f"transformations must be a sequence of pairs of layers, got {type(transformations).__name__}")
     for i, pair in enumerate(transformations):
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(layer, int) for layer in pair):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(map(checks.whole, pair)):
             raise TypeError(f"transformations[{i}] must be a pair of layers' numbers, got {pair!r:.80}")
         if any(not 0 <= i < len(student) or student[i].dim() != 4 or teacher[i].dim() != 4 for i in pair):
             raise ValueError(f"transformations must join layers that are maps (N, C, H, W), got {tuple(pair)}")

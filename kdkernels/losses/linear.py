@@ -74,7 +74,8 @@ def check_chunk(chunk_bytes: int | None, student: Head, teacher: Head | None, ki
 def check_budget(chunk_bytes: int | None, least: int) -> None:
     if chunk_bytes is None:
         return
-    if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int) or chunk_bytes < least:
+    checks.integer("chunk_bytes", chunk_bytes)
+    if chunk_bytes < least:
         raise ValueError(f"chunk_bytes must be at least {least}, the logits of one row here, got {chunk_bytes}")
 
 
@@ -130,6 +131,7 @@ def _call(
     checks.items(num_items, student_hidden)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     weight = checks.per_row("weight", weight, rows, device)
+    ignore_index = checks.integer("ignore_index", ignore_index)
     labels = checks.labels_of(labels, rows, classes, ignore_index, device)
     class_weight = checks.per_class("class_weight", class_weight, classes, device)
     check_chunk(chunk_bytes, student, teacher, kind)

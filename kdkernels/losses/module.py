@@ -28,11 +28,15 @@ class LossModule(torch.nn.Module):
         arguments = inspect.signature(self.function).parameters
         known = [n for n, p in arguments.items() if p.kind is p.KEYWORD_ONLY or isinstance(p.default, (int, float))]
         if unnamed:
-            raise TypeError(f"{kind} takes its options by name, and tensors when it is called; got {unnamed[0]!r}")
+            got = "a tensor" if isinstance(unnamed[0], torch.Tensor) else repr(unnamed[0])
+            raise TypeError(
+                f"{kind} takes its options by name, and tensors when it is called, {kind}()(...); got {got}"
+            )
         for name, value in options.items():
             if name not in known:
                 near = difflib.get_close_matches(name, known, 1)
-                raise TypeError(f"{kind} has no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+                hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
+                raise TypeError(f"{kind} has no option {name!r}; {hint}")
             if isinstance(value, torch.nn.Parameter):
                 self.register_parameter(name, value)
             elif isinstance(value, torch.Tensor):

@@ -124,7 +124,7 @@ def mutual_kl_div(
         reduction=reduction,
         weight=checks.per_row("weight", weight, rows, one.device),
         labels=checks.labels_of(labels, rows, classes, ignore_index, one.device),
-        ignore_index=ignore_index,
+        ignore_index=checks.integer("ignore_index", ignore_index),
         num_items=num_items,
         backend=backend,
         operation="mutual_kl_div",

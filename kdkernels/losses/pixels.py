@@ -45,12 +45,12 @@ def _patch(pool: float | int | None, height: int, width: int) -> tuple[int, int]
     """The sides of what is pooled into one."""
     if pool is None:
         return 1, 1
-    if isinstance(pool, bool) or not isinstance(pool, (int, float)):
+    if not checks.real(pool):
         raise TypeError(f"pool must be a fraction of the map, a patch's side or None, got {type(pool).__name__}")
-    if isinstance(pool, int) and pool >= 1:
-        checks.integer("pool", pool)
-        return pool, pool
-    if isinstance(pool, int) or not 0 < pool <= 1:
+    if checks.whole(pool) and pool >= 1:
+        side = checks.integer("pool", int(pool))
+        return side, side
+    if checks.whole(pool) or not 0 < pool <= 1:
         raise ValueError(f"pool must be a fraction of the map in (0, 1], or a positive integer, got {pool!r}")
     return max(math.floor(height * pool), 1), max(math.floor(width * pool), 1)
 

@@ -124,6 +124,7 @@ def linear_sequence_loss(
     checks.items(num_items, student_hidden)
     checks.flag("compact", compact)
     check_chunk(chunk_bytes, student, None, Kind.FORWARD_KL)
+    ignore_index = checks.integer("ignore_index", ignore_index)
     labels, weight = _targets(
         tokens, tuple(student_hidden.shape[:-1]), completion_mask, sequence_weight, shift, ignore_index,
         student.weight.shape[0], device,

@@ -184,7 +184,7 @@ def correlation_congruence_loss(
     checks.choice("distance", distance, ("squared", "frobenius"))
     checks.plain_number("gamma", gamma, low=0, open_low=True)
     checks.plain_number("eps", eps, low=0, open_low=True)
-    checks.integer("order", order, low=0)
+    order = checks.integer("order", order, low=0)
     checks.flag("normalize", normalize)
     if kernel == "neighbours" and ring is True:
         raise ValueError("kernel='neighbours' has no rows for ring=True: leave ring out")

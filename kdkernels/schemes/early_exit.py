@@ -92,7 +92,7 @@ class EarlyExitNetwork(nn.Module):
             RuntimeError: in training mode.
         """
         early = len(self.heads) - 1
-        thresholds = [threshold] * early if isinstance(threshold, (int, float)) else list(threshold)
+        thresholds = list(threshold) if isinstance(threshold, Sequence) else [threshold] * early
         if len(thresholds) != early:
             raise ValueError(f"threshold must be a number or {early} numbers, got {len(thresholds)}")
         for k, limit in enumerate(thresholds):

@@ -54,7 +54,7 @@ class TeacherSequences:
             padding: fills up shorter batches, outside the completions.
             batch_size: prompts at a time.
         """
-        checks.integer("batch_size", batch_size, low=1)
+        batch_size = checks.integer("batch_size", batch_size, low=1)
         checks.integer("padding", padding)
         if end is not None:
             checks.integer("end", end)
@@ -85,6 +85,6 @@ class TeacherSequences:
         self, size: int, generator: torch.Generator | None = None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """All sequences once in a random order; the last batch may be smaller."""
-        checks.integer("size", size, low=1)
+        size = checks.integer("size", size, low=1)
         for chosen in torch.randperm(len(self), generator=generator).to(self.tokens.device).split(size):
             yield self.tokens[chosen], self.completion_mask[chosen]

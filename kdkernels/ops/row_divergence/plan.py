@@ -52,7 +52,7 @@ def plan_of(
     checks.temperatures(temperature, teacher_temperature, student, learnable=True)
     checks.items(num_items, student)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
-    checks.integer("ignore_index", ignore_index)
+    ignore_index = checks.integer("ignore_index", ignore_index)
     backend = backends.resolve(operation, (student, teacher), backend)
     scalars, count = terms(
         student.shape, dim, reduction, masked, temperature, teacher_temperature, kd_weight, ce_weight, scale_by_t2,
