@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from sweep import BF16, F16, F32, F64
+from sweep import BF16, F16, F32, F64, cast
 from targets import Target
+from test_properties import FUNCTIONS, cases_of
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -412,6 +413,23 @@ def test_torch_func_and_inference_mode(generator: torch.Generator) -> None:
     loss.backward()
     with torch.no_grad():
         assert not kl_div(s, t).requires_grad
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_teacher_under_inference_mode(name: str, generator: torch.Generator) -> None:
+    """As in eager code it may be; autograd saves no such tensor, and in float16 every backward reads the teacher again."""
+    for case in cases_of(name):
+        inputs = cast(case, case.make(case.shapes[0], generator), (F16,))
+        learner = case.grads[0]
+
+        def run(inputs: Any, case: Any = case, learner: str = learner) -> Any:
+            x = inputs[learner].clone().requires_grad_()
+            loss = case.function(**{**inputs, learner: x}, **case.options, backend="cpu")
+            return loss.detach(), *torch.autograd.grad(loss.sum(), x)
+
+        with torch.inference_mode():
+            frozen = {n: x.clone() if n in case.grads[1:] else x for n, x in inputs.items()}
+        assert all(map(torch.equal, run(frozen), run(inputs))), case.name
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from kdkernels.distributed.batch import Samples
+from kdkernels.ops.library import save
 from kdkernels.ops.precision import full_float32
 
 
@@ -54,7 +55,7 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor, apart: bool, samples: Samples) -> torch.Tensor:
         ctx.apart, ctx.samples = apart, samples
-        ctx.save_for_backward(a, b)
+        save(ctx, a, b)
         out = a.new_empty(a.shape[0], samples.whole, dtype=torch.promote_types(a.dtype, torch.float32))
         ctx.wide = torch.float64 if apart else out.dtype
         with torch.autocast(a.device.type, enabled=False), full_float32():

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from kdkernels.distributed.batch import all_gather
+from kdkernels.ops.library import save
 from kdkernels.ops.linear_divergence.heads import Head, Side, chunk_rows
 from kdkernels.ops.row_divergence import reference
 from kdkernels.ops.row_divergence.kinds import Inputs, Kind
@@ -207,7 +208,7 @@ class ShardedLoss(torch.autograd.Function):
         ctx.job, ctx.make, ctx.deferred, ctx.reduce = job, make, deferred, reduce
         losses, grads = _evaluate(job, make, labels, weight, tensors, wants if not deferred else [False] * len(wants))
         if deferred:
-            ctx.save_for_backward(labels, weight, *tensors)
+            save(ctx, labels, weight, *tensors)
         else:
             ctx.save_for_backward(*grads)
             ctx.dtypes = [x.dtype if x is not None else None for x in tensors]

@@ -11,6 +11,7 @@ from kdkernels import backends, checks
 from kdkernels.losses.contrastive import check_queue, of_all
 from kdkernels.losses.module import LossModule
 from kdkernels.losses.samples import normalized
+from kdkernels.ops.library import save
 from kdkernels.ops.scalars import Number
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, bank, indices):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(bank, indices)
+        save(ctx, bank, indices)
         ctx.dtype = x.dtype
         products = [bank[i].to(x.dtype) @ row for i, row in zip(indices, x, strict=True)]
         return torch.stack(products) if products else x.new_empty(indices.shape)
@@ -90,7 +91,8 @@ def crd_loss(
             f"the banks must hold the same samples: {tuple(student_bank.shape)} and {tuple(teacher_bank.shape)}"
         )
     if not isinstance(indices, torch.Tensor) or indices.is_floating_point() or indices.is_complex():
-        raise TypeError("indices must be a tensor of integers")
+        got = str(indices.dtype).removeprefix("torch.") if isinstance(indices, torch.Tensor) else type(indices).__name__
+        raise TypeError(f"indices must be a tensor of integers, got {got}")
     if indices.dim() != 2 or indices.shape[0] != s.shape[0] or indices.shape[1] < 2:
         raise ValueError(
             f"indices must have shape ({s.shape[0]}, 1 + K), a sample's own and its negatives'; got {tuple(indices.shape)}"

@@ -1,4 +1,4 @@
-"""The torch.library namespace `kdkernels`, and the two idioms every operator here shares."""
+"""The torch.library namespace `kdkernels`, and the idioms every operator here shares."""
 
 from __future__ import annotations
 
@@ -54,6 +54,13 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
         return implementation(x, *args)
 
     return call
+
+
+def save(ctx: Any, *tensors: torch.Tensor | None) -> None:
+    """Saves tensors for the backward; of a teacher's that were made under torch.inference_mode, copies: autograd keeps no such."""
+    if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
+        tensors = tuple([x.clone() if x is not None and x.is_inference() else x for x in tensors])
+    ctx.save_for_backward(*tensors)
 
 
 class FirstOrderOnly(torch.autograd.Function):

@@ -10,7 +10,7 @@ from kdkernels import backends
 from kdkernels.native import View
 from kdkernels.ops import layout
 from kdkernels.ops.dist import native, reference
-from kdkernels.ops.library import define, first_order
+from kdkernels.ops.library import define, first_order, save
 from kdkernels.ops.scalars import Number, detached, pack
 
 ROW_STATS, COLUMN_STATS = 8, 7
@@ -135,7 +135,7 @@ class Dist(torch.autograd.Function):
     def forward(ctx, student, teacher, labels, weight, scalars, options):
         total, rows, columns, sums = forward_op(student, teacher, labels, weight, scalars, *options)
         if any(ctx.needs_input_grad[:2]):
-            ctx.save_for_backward(total, student, teacher, labels, weight, scalars, rows, columns, sums)
+            save(ctx, total, student, teacher, labels, weight, scalars, rows, columns, sums)
             ctx.options = options
         return total
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from kdkernels.ops.edge_relation import native, reference
-from kdkernels.ops.library import define, first_order
+from kdkernels.ops.library import define, first_order, save
 from kdkernels.ops.scale.op import learners, with_gradients
 
 BACKENDS = ("triton", "cpu", "reference")
@@ -160,7 +160,7 @@ class EdgeValues(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, edges, products, backend):
         values = values_op(x, edges.source, edges.target, products, backend)
-        ctx.save_for_backward(values, x, *edges)
+        save(ctx, values, x, *edges)
         ctx.options = products, backend
         return values
 

@@ -7,7 +7,7 @@ import math
 import torch
 
 from kdkernels.ops.graph_closure import native, reference
-from kdkernels.ops.library import define, first_order
+from kdkernels.ops.library import define, first_order, save
 from kdkernels.ops.scalars import Number
 
 BACKENDS = ("triton", "cpu", "reference")
@@ -68,7 +68,7 @@ class GraphClosure(torch.autograd.Function):
     def forward(ctx, costs, backend):
         distances, visits = forward_op(costs, backend)
         output = distances.float()
-        ctx.save_for_backward(output, costs, distances, visits)
+        save(ctx, output, costs, distances, visits)
         ctx.backend = backend
         return output
 

@@ -9,7 +9,7 @@ import torch
 from kdkernels import backends
 from kdkernels.native import View
 from kdkernels.ops import layout
-from kdkernels.ops.library import define, first_order
+from kdkernels.ops.library import define, first_order, save
 from kdkernels.ops.linear_divergence import reference
 from kdkernels.ops.linear_divergence.heads import (
     Head,
@@ -164,7 +164,7 @@ class LinearDivergence(torch.autograd.Function):
         if ctx.stored:
             ctx.save_for_backward(output, *(g for g, want in zip(grads, wants, strict=True) if want))
         else:
-            ctx.save_for_backward(output, *inputs, labels, weight, class_weight, scalars, head_scalars)
+            save(ctx, output, *inputs, labels, weight, class_weight, scalars, head_scalars)
         return output
 
     @staticmethod

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from kdkernels.ops.library import define, first_order
+from kdkernels.ops.library import define, first_order, save
 from kdkernels.ops.linear_divergence.heads import (
     FLOAT,
     Head,
@@ -127,7 +127,7 @@ class LinearSparse(torch.autograd.Function):
         if ctx.stored:
             ctx.save_for_backward(output, *(g for g, want in zip(grads, wants, strict=True) if want))
         else:
-            ctx.save_for_backward(output, *inputs, indices, factor, scalars, head_scalars)
+            save(ctx, output, *inputs, indices, factor, scalars, head_scalars)
         return output
 
     @staticmethod

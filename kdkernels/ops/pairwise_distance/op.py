@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from kdkernels.ops.library import define, first_order
+from kdkernels.ops.library import define, first_order, save
 from kdkernels.ops.pairwise_distance import native
 
 REDUCTIONS = ("mean", "pairs", "sum")
@@ -72,7 +72,7 @@ class SquaredDistances(torch.autograd.Function):
     def forward(ctx, x, split, backend):
         hi, lo = distances(x, split, backend)
         ctx.mark_non_differentiable(lo)
-        ctx.save_for_backward(x, hi)
+        save(ctx, x, hi)
         ctx.backend = backend
         return hi, lo
 

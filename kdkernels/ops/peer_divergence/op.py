@@ -10,7 +10,7 @@ import torch
 from kdkernels import backends
 from kdkernels.native import View
 from kdkernels.ops import layout
-from kdkernels.ops.library import define, first_order
+from kdkernels.ops.library import define, first_order, save
 from kdkernels.ops.peer_divergence import native, reference
 from kdkernels.ops.scalars import Number, detached, pack
 from kdkernels.ops.scale.op import scaled
@@ -172,7 +172,7 @@ class PeerDivergence(torch.autograd.Function):
         if stored:
             ctx.save_for_backward(output, d)
         elif wanted:
-            ctx.save_for_backward(output, labels, weight, scalars, used, *logits)
+            save(ctx, output, labels, weight, scalars, used, *logits)
             ctx.options = ignore_index, dim, stacked, backend
         return output
 

@@ -10,7 +10,7 @@ import torch
 from kdkernels import checks
 from kdkernels.native import View
 from kdkernels.ops import layout
-from kdkernels.ops.library import define, first_order
+from kdkernels.ops.library import define, first_order, save
 from kdkernels.ops.row_divergence import native, reference
 from kdkernels.ops.row_divergence.kinds import DIVERGENCE, KD_WEIGHT, STATS, TEMPERATURE
 from kdkernels.ops.row_divergence.plan import given_divisors, plan_of
@@ -176,7 +176,7 @@ class RowDivergence(torch.autograd.Function):
             options.backend,
         )  # fmt: skip
         output = _per_row(losses, student, options.dim) if options.per_row else total
-        ctx.save_for_backward(output, student, teacher, labels, weight, class_weight, scalars, saved)
+        save(ctx, output, student, teacher, labels, weight, class_weight, scalars, saved)
         ctx.options, ctx.divided = options, options.count != 0 or divisors is not None
         ctx.temperature_shapes = [None if x is None else x.shape for x in (temperature, teacher_temperature)]
         return output

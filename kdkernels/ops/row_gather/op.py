@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from kdkernels.ops import layout
-from kdkernels.ops.library import define, first_order
+from kdkernels.ops.library import define, first_order, save
 from kdkernels.ops.row_gather import native, reference
 from kdkernels.ops.scalars import Number, pack
 
@@ -105,7 +105,7 @@ class RowGather(torch.autograd.Function):
         outside, backend = options
         gathered, rest, total, stats = forward_op(student, indices, live, scalars, outside, backend)
         if any(ctx.needs_input_grad[:2]):
-            ctx.save_for_backward(gathered, temperature, student, indices, live, scalars, stats)
+            save(ctx, gathered, temperature, student, indices, live, scalars, stats)
             ctx.options = options
         return gathered, rest, total
 

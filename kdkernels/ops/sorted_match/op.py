@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from kdkernels import backends
-from kdkernels.ops.library import define, first_order, learns
+from kdkernels.ops.library import define, first_order, learns, save
 from kdkernels.ops.scalars import Number, pack
 
 CHUNK = 1 << 22  # elements that are sorted at a time: what a call needs besides its results
@@ -127,7 +127,7 @@ class SortedMatch(torch.autograd.Function):
     ) -> torch.Tensor:
         losses, signs_s, signs_t = forward_op(student, teacher, scalars, *ctx.needs_input_grad[:2], backend)
         ctx.backend = backend
-        ctx.save_for_backward(losses, student, teacher, scalars, signs_s, signs_t)
+        save(ctx, losses, student, teacher, scalars, signs_s, signs_t)
         return losses
 
     @staticmethod

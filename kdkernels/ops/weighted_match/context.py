@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kdkernels.ops.library import define, first_order
+from kdkernels.ops.library import define, first_order, save
 from kdkernels.ops.scale.op import learners, with_gradients
 from kdkernels.ops.weighted_match.maps import as_dense, as_map, plan
 from kdkernels.ops.weighted_match.op import gradients, is_late, one_float
@@ -49,7 +49,7 @@ class LateContext(torch.autograd.Function):
     @staticmethod
     def forward(ctx, s, t, scalars, backend):
         total, _ = context_op(s, t, scalars, None, False, False, backend)
-        ctx.save_for_backward(total, s, t, scalars)
+        save(ctx, total, s, t, scalars)
         ctx.backend = backend
         return total
 

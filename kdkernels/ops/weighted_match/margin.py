@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kdkernels.native import View
-from kdkernels.ops.library import define, first_order, learns
+from kdkernels.ops.library import define, first_order, learns, save
 from kdkernels.ops.scalars import pack
 from kdkernels.ops.weighted_match.sums import kernels
 
@@ -44,7 +44,7 @@ class MarginRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, labels, scalars, options):
         rows = margin_op(x, labels, scalars, None, *options)
-        ctx.save_for_backward(rows, x, labels, scalars)
+        save(ctx, rows, x, labels, scalars)
         ctx.options = options
         return rows
 

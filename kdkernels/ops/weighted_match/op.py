@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from kdkernels.native import View
-from kdkernels.ops.library import define, first_order
+from kdkernels.ops.library import define, first_order, save
 from kdkernels.ops.scalars import pack
 from kdkernels.ops.scale.op import learners, with_gradients
 from kdkernels.ops.weighted_match import reference
@@ -128,7 +128,7 @@ class LateMatch(torch.autograd.Function):
         total, sums, _ = match_op(
             s, t, *sides, scalars, None, measure, dim, wanted[0] or wanted[2], wanted[1] or wanted[3], False, False, backend
         )  # fmt: skip
-        ctx.save_for_backward(total, s, t, *sides, scalars, *_of_sides(sums, sides, scalars, wanted))
+        save(ctx, total, s, t, *sides, scalars, *_of_sides(sums, sides, scalars, wanted))
         ctx.options = options
         return total
 
@@ -271,7 +271,7 @@ class LateAttention(torch.autograd.Function):
     def forward(ctx, s, t, scalars, options):
         exponent, flags, dim, backend = options
         total, (by_s, by_t), _ = attention_op(s, t, scalars, exponent, flags, dim, False, False, backend)
-        ctx.save_for_backward(total, s, t, by_s, by_t, scalars)
+        save(ctx, total, s, t, by_s, by_t, scalars)
         ctx.options = options
         return total
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kdkernels.ops.library import define, first_order, learns
+from kdkernels.ops.library import define, first_order, learns, save
 from kdkernels.ops.scalars import pack
 from kdkernels.ops.weighted_match import native, reference
 from kdkernels.ops.weighted_match.maps import Plan, as_dense, as_map, like, of_channels, plan
@@ -127,7 +127,7 @@ class PowerSums(torch.autograd.Function):
     def forward(ctx, x, channel_weight, pixel_weight, scalars, options):
         sides = small(channel_weight), small(pixel_weight)
         channels, pixels = power_sums_op(x, *sides, scalars, *options)
-        ctx.save_for_backward(channels if channels.numel() else pixels, x, *sides, scalars)
+        save(ctx, channels if channels.numel() else pixels, x, *sides, scalars)
         ctx.options = options
         return channels, pixels
 
@@ -249,7 +249,7 @@ class Moments(torch.autograd.Function):
     @staticmethod
     def forward(ctx, s, t, channels, dim, backend):
         sums = moments_op(s, t, channels, dim, backend)
-        ctx.save_for_backward(sums, s, t)
+        save(ctx, sums, s, t)
         ctx.options = channels, dim
         ctx.backend = backend
         return sums
