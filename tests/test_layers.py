@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import warnings
 import weakref
+from collections.abc import Callable
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -75,9 +79,9 @@ def test_capture_keeps_nothing(models: tuple[nn.Module, nn.Module]) -> None:
     assert seen() is None
     with pytest.raises(RuntimeError):
         capture(torch.zeros(2, 3, 8, 8))
-    assert capture._found is None
+    assert capture._record.found is None
     models[0](X)  # outside of a call nothing is recorded
-    assert capture._found is None
+    assert capture._record.found is None
 
 
 def test_capture_of_wrapped_models(models: tuple[nn.Module, nn.Module], tmp_path) -> None:
@@ -92,6 +96,14 @@ def test_capture_of_wrapped_models(models: tuple[nn.Module, nn.Module], tmp_path
         torch.distributed.destroy_process_group()
 
 
+def test_a_copy_of_a_captured_model_is_its_own(models: tuple[nn.Module, nn.Module]) -> None:
+    net = models[0]
+    with FeatureCapture(net, ["stem"]) as capture:
+        for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+            net.head.register_forward_hook(lambda *_, other=other: other(torch.zeros_like(X)))
+            assert torch.equal(capture(X)[1]["stem"], net.stem(X))
+
+
 def test_capture_compiles_whole(models: tuple[nn.Module, nn.Module]) -> None:
     torch._dynamo.reset()
     capture = FeatureCapture(models[0], ["stem", "stages.1.1"])
@@ -102,7 +114,7 @@ def test_capture_compiles_whole(models: tuple[nn.Module, nn.Module]) -> None:
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(X), step(X))
-    assert capture._found is None
+    assert capture._record.found is None
 
 
 def test_capture_says_what_was_changed_in_place() -> None:
@@ -224,3 +236,34 @@ def test_a_loss_over_layers(models: tuple[nn.Module, nn.Module]) -> None:
     assert any(p is variational.raw_variance for p in learned)
     with pytest.raises(ValueError, match="weights must have one entry a pair, 3; got 1"):
         MultiLayerLoss(pairs, kd.hint_loss, weights=[1.0])
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (
+            lambda: MultiLayerLoss(("a", "b"), kd.hint_loss),
+            r"pairs must be Sequence\[tuple\[str, str\]\], got tuple of str",
+        ),
+        (lambda: MultiLayerLoss([("a", "b")], kd.HintLoss), r"got the class HintLoss: HintLoss\(\)$"),
+        (lambda: MultiLayerLoss([("a", "b")]), r"__init__\(\) missing 1 required positional argument: 'losses'"),
+        (lambda: FeatureCapture(nn.ReLU(), ["a", 1]), r"names must be Iterable\[str\], got list of str, int"),
+        (lambda: kd.hint_loss(X, X, adapter=kd.Adapter), "adapter must be a module, got the class Adapter"),
+        (
+            lambda: kd.hint_loss(X, X, adapter=kd.Adapter(2, 1)),
+            r"this Adapter must have 2 channels; got shape \(2, 1, 8, 8\)",
+        ),
+        (
+            lambda: kd.hint_loss(X[0], X[0], adapter=kd.Adapter(1, 1)),
+            r"must be \(N, C, H, W\), or linear=True for \(\.\.\., D\)",
+        ),
+        (
+            lambda: kd.fgd_loss(X, X, [X.new_zeros(0, 4)] * 2, global_context=kd.GlobalContext(2)),
+            "global_context is for 2 channels; got shape",
+        ),
+        (lambda: kd.kl_div(X, X, scale_by_t2=numpy.bool_(True)), "scale_by_t2 must be True or False, got numpy's bool"),
+    ],
+)
+def test_words_for_usual_mistakes(call: Callable[[], object], words: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=words):
+        call()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -52,6 +53,20 @@ def _why(model: nn.Module) -> str:
     return ""
 
 
+class _Record:
+    """What the hooks find during a call. It knows no model, so that a model with hooks is copied and pickled as one without."""
+
+    def __init__(self) -> None:
+        self.found: Features | None = None
+        self.versions: dict[str, int] = {}
+
+    def __call__(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self.found is not None:
+            self.found[name] = found = first_tensor(output, name)
+            if _counts(found):
+                self.versions[name] = found._version
+
+
 class FeatureCapture:
     """Calls a model and also returns the outputs of layers inside it.
 
@@ -76,24 +91,16 @@ class FeatureCapture:
     def __init__(self, model: nn.Module, names: Iterable[str]):
         self.model = model
         self.names = tuple(dict.fromkeys(names))
-        self._found: Features | None = None
-        self._versions: dict[str, int] = {}
+        self._record = _Record()
         self._closed = False  # Dynamo reads a flag, and no handles
         modules = dict(unwrapped(model).named_modules())
         for name in self.names:
             if name not in modules:
                 near = difflib.get_close_matches(name, modules, 3) or list(modules)[1:4]
                 raise KeyError(f"the model has no layer {name!r}; there are {', '.join(map(repr, near))}, ...")
-        self._handles = [modules[name].register_forward_hook(self._hook(name)) for name in self.names]
-
-    def _hook(self, name: str) -> Any:
-        def record(module: nn.Module, inputs: Any, output: Any) -> None:
-            if self._found is not None:
-                self._found[name] = found = first_tensor(output, name)
-                if _counts(found):
-                    self._versions[name] = found._version
-
-        return record
+        self._handles = [
+            modules[name].register_forward_hook(functools.partial(self._record, name)) for name in self.names
+        ]
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, Features]:
         """(what the model returns, the outputs of the layers by name).
@@ -103,16 +110,17 @@ class FeatureCapture:
         """
         if self._closed:
             raise RuntimeError("this capture is closed")
-        self._found, self._versions = {}, {}
+        record = self._record
+        record.found, record.versions = {}, {}
         try:
             output = self.model(*args, **kwargs)
-            found = self._found
+            found = record.found
         finally:
-            self._found = None
+            record.found = None
         missing = [name for name in self.names if name not in found]
         if missing:
             raise RuntimeError(f"the model did not call {', '.join(map(repr, missing))}{_why(self.model)}")
-        changed = [name for name, before in self._versions.items() if found[name]._version != before]
+        changed = [name for name, before in record.versions.items() if found[name]._version != before]
         if changed:
             warnings.warn(
                 f"the model changed {', '.join(map(repr, changed))} in place after it was made (an activation with "

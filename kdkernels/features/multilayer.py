@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from kdkernels.features.capture import Features
 from kdkernels.typed import typed
-
-Loss = Callable[..., torch.Tensor]
 
 
 class MultiLayerLoss(nn.Module):
@@ -19,7 +16,7 @@ class MultiLayerLoss(nn.Module):
 
         pairs = match_layers(student, teacher, "every-3")
         loss = MultiLayerLoss(pairs, kdkernels.hint_loss, adapters=[Adapter(64, 256), ...])
-        loss(student_features, teacher_features)    # what FeatureCapture returned
+        loss(student_features, teacher_features)    # what calls of two FeatureCaptures returned beside the logits
 
     Args:
         pairs: (student's name, teacher's name) of each.
@@ -36,13 +33,18 @@ class MultiLayerLoss(nn.Module):
     def __init__(
         self,
         pairs: Sequence[tuple[str, str]],
-        losses: Loss | Sequence[Loss],
+        losses: Callable[..., torch.Tensor] | Sequence[Callable[..., torch.Tensor]],
         *,
         weights: Sequence[float] | None = None,
         adapters: Sequence[nn.Module | None] | None = None,
     ):
         super().__init__()
         self.pairs = [(s, t) for s, t in pairs]
+        for loss in losses if isinstance(losses, (list, tuple)) else (losses,):
+            if isinstance(loss, type):
+                raise TypeError(
+                    f"losses must be functions or modules, got the class {loss.__name__}: {loss.__name__}()"
+                )
         each = [losses] * len(self.pairs) if callable(losses) else list(losses)
         self.weights = [1.0] * len(self.pairs) if weights is None else list(weights)
         members = [None] * len(self.pairs) if adapters is None else list(adapters)
@@ -54,7 +56,7 @@ class MultiLayerLoss(nn.Module):
         self.modules_of_losses = nn.ModuleList(loss for loss in each if isinstance(loss, nn.Module))
 
     @typed
-    def forward(self, student: Features, teacher: Features) -> torch.Tensor:
+    def forward(self, student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The weighted sum.
 
         Raises:

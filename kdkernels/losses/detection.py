@@ -47,6 +47,10 @@ class GlobalContext(nn.Module):
     def forward(self, side: str, features: torch.Tensor, backend: str = "reference") -> torch.Tensor:
         """The additions (N, C) to a map (N, C, H, W) of the "student" or the "teacher", in float32."""
         mask, add = getattr(self, f"{side}_mask"), getattr(self, f"{side}_add")
+        if features.shape[1] != mask.weight.shape[1]:
+            raise ValueError(
+                f"global_context is for {mask.weight.shape[1]} channels; got shape {tuple(features.shape)}"
+            )
         weight = mask.weight.reshape(1, -1).expand(features.shape[0], -1)
         _, scores = sums.power_sums(features, 1.0, signed=True, pixels=True, channel_weight=weight, backend=backend)
         assert scores is not None

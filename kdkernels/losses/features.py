@@ -57,7 +57,17 @@ class Adapter(nn.Module):
         self.relu = relu
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Features of the teacher's width."""
+        """Features of the teacher's width.
+
+        Raises:
+            ValueError: features of another width, or in another order than `linear` says.
+        """
+        linear, width = isinstance(self.project, nn.Linear), self.project.weight.shape[1]
+        if features.dim() < 2 if linear else features.dim() != 4:
+            order = "(..., D), as linear=True says" if linear else "(N, C, H, W), or linear=True for (..., D)"
+            raise ValueError(f"features of an Adapter must be {order}; got shape {tuple(features.shape)}")
+        if features.shape[-1 if linear else 1] != width:
+            raise ValueError(f"features of this Adapter must have {width} channels; got shape {tuple(features.shape)}")
         x = self.project(features)
         if self.norm is not None:
             # BatchNorm1d wants (rows, channels).
@@ -117,8 +127,9 @@ def adapted(adapter: nn.Module | None, student: torch.Tensor, name: str = "adapt
     """What an adapter makes of the student's features; any callable will do."""
     if adapter is None:
         return student
-    if not callable(adapter):
-        raise TypeError(f"{name} must be a module, got {type(adapter).__name__}")
+    if not callable(adapter) or isinstance(adapter, type):
+        what = f"the class {adapter.__name__}" if isinstance(adapter, type) else type(adapter).__name__
+        raise TypeError(f"{name} must be a module, got {what}")
     features = adapter(student)
     if not isinstance(features, torch.Tensor):
         raise TypeError(f"{name} must make a tensor of the student's features, got {type(features).__name__}")
