@@ -200,7 +200,7 @@ def match(
     if is_late(student, teacher, want_s, want_t):
         return LateMatch.apply(student, teacher, *sides, scalars, (kind, dim, backend))
     flat, wanted = sides, (False, False, False, False)
-    if sides != ALIKE:
+    if any(x is not None for x in sides):  # as tensors they are not to be compared
         flat = tuple(map(small, sides))
         wanted = tuple([learns and x is not None and x.requires_grad for x in sides])
     total, sums, grads = match_op(
