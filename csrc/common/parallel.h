@@ -41,7 +41,6 @@ class Kept {
   Kept& operator=(const Kept&) = delete;
   ~Kept() {
     while (count_ > 0) drop(0);
-    closed_ = true;  // a Scratch may live longer
   }
 
   // The least block of at least n floats and its size, or null.
@@ -57,7 +56,7 @@ class Kept {
   }
   // The oldest make room.
   void give(float* data, int64_t size) {
-    if (closed_ || !data || size > kMost) return std::free(data);
+    if (!data || size > kMost) return std::free(data);
     while (count_ == kBlocks || (count_ > 0 && total_ + size > kMost)) drop(0);
     data_[count_] = data, size_[count_++] = size;
     total_ += size;
@@ -80,7 +79,6 @@ class Kept {
   float* data_[kBlocks];
   int64_t size_[kBlocks], total_ = 0;
   int count_ = 0;
-  bool closed_ = false;
 };
 
 inline Kept& kept() {
@@ -91,7 +89,7 @@ inline Kept& kept() {
 // 64-byte aligned floats, not initialised.
 class Scratch {
  public:
-  Scratch() = default;
+  Scratch() { kept(); }  // made first, gone last: a Scratch may live as long as its thread
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() { kept().give(data_, size_); }

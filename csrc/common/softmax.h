@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common/elementary.h"
+#include "common/stream.h"
 
 namespace KDK_NAMESPACE {
 
@@ -71,11 +72,13 @@ inline float largest_of(const float* x, int64_t n) {
 }
 
 // e = 2^((x - ref) c), and their sum.
-inline double exponentials_of(const float* x, int64_t n, const RunningSoftmax& run, float* e) {
+inline double exponentials_of(const float* x, int64_t n, const RunningSoftmax& run, float* e,
+                              const Ahead& ahead = {}) {
   const float ref = run.ref;
   const Pair c = split_factor(run.c);
   double sum = 0.0;
   for_blocks(n, [&](int64_t begin, int64_t end) {
+    ahead.ask(begin, end);
     float z = 0.f;
 #pragma omp simd reduction(+ : z)
     for (int64_t i = begin; i < end; ++i) {

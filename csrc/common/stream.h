@@ -1,4 +1,4 @@
-// Writing large results past the caches.
+// Memory in one long stream: results written past the caches, inputs asked for in time.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -7,13 +7,33 @@
 #endif
 
 #include "common/convert.h"
+#include "common/tensor.h"
 
 namespace KDK_NAMESPACE {
 
-// Results from this many bytes on are stored so: a plain store first reads the line that it
-// overwrites, a third more traffic for a loss with its gradient. Smaller ones are left in the
-// caches, where whoever reads them next finds them.
-constexpr int64_t kPastCaches = int64_t{8} << 20;
+// Inputs from this many bytes on are not in the caches when a loss begins, and results are not left
+// there, where whoever reads them next would find smaller ones. A plain store first reads the line
+// that it overwrites, a third more traffic for a loss with its gradient.
+constexpr int64_t kPastCaches = int64_t{6} << 20;
+inline bool exceeds_caches(const Tensor& x) { return x.numel() * size_of(x.dtype) >= kPastCaches; }
+
+// What the next tile needs from memory, asked for block by block while this one is worked on: a
+// processor foresees long reads itself, but begins anew at every page.
+class Ahead {
+ public:
+  Ahead() = default;  // asks for nothing
+  Ahead(const void* tile, DType t) : tile_(static_cast<const char*>(tile)), size_(size_of(t)) {}
+
+  void ask(int64_t begin, int64_t end) const {
+    if (!tile_) return;
+    for (int64_t i = begin * size_; i < end * size_; i += 64)
+      __builtin_prefetch(tile_ + i, 0, 2);  // as far as the second-level cache
+  }
+
+ private:
+  const char* tile_ = nullptr;
+  int64_t size_ = 0;
+};
 
 // memcpy for a destination that is not read soon, in whole floats or pairs of halves. The parts of
 // lines at both ends go the same way: they meet those of the neighbours on their way to memory,

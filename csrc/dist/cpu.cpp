@@ -64,6 +64,12 @@ const float* scores(const Tensor& x, int64_t r, int64_t inner, int64_t start, in
   return buffer;
 }
 
+// The tile that follows the one at `start`, in this row or the next.
+Ahead after(const Tensor& x, int64_t r, int64_t inner, int64_t start) {
+  if (x.stride[1] != 1 || !exceeds_caches(x)) return {};
+  return {advance(x.data, x.dtype, offset(x, r, inner) + start + kTile), x.dtype};
+}
+
 void probabilities(const float* x, int64_t n, float ref, Pair c, float inverse_z, float* p) {
 #pragma omp simd
   for (int64_t v = 0; v < n; ++v) {
@@ -89,7 +95,7 @@ struct Side {
       const int64_t n = std::min(kTile, job.classes - start), m = padded(n);
       const float* tile = scores(x, r, job.inner, start, n, buffer);
       run.raise(largest_of(tile, m));
-      run.z += exponentials_of(tile, m, run, e + start);
+      run.z += exponentials_of(tile, m, run, e + start, after(x, r, job.inner, start));
       top[k] = run.top;
     }
   }

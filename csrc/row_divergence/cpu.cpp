@@ -83,8 +83,8 @@ void run_rows(const Job& job, const Output& out) {
   parallel_for(job.rows, job.rows * job.classes, job.threads, [&](int64_t begin, int64_t end) {
     float* memory = thread_scratch().floats(RowKernel::memory(job.classes));
     auto scores = [&](const Tensor& x, const Tensor& d, int64_t r) -> Scores {
-      return {address(x, r, job.inner), x.dtype, address(d, r, job.inner), d.dtype,
-              d && d.numel() * size_of(d.dtype) >= kPastCaches};
+      return {address(x, r, job.inner), x.dtype,          address(d, r, job.inner), d.dtype,
+              d && exceeds_caches(d),   exceeds_caches(x)};
     };
     for (int64_t r = begin; r < end; ++r)
       run_row(job, out, r, scores(job.student, job.ds, r), scores(job.teacher, job.dt, r), memory);

@@ -25,9 +25,14 @@ struct Scores {
   void* d;
   DType d_type;
   bool past_caches = false;  // how the gradient is stored
+  bool from_memory = false;  // too large to be in a cache yet
 
   const float* tile(int64_t start, int64_t n, float* buffer) const {
     return load_tile(advance(x, type, start), type, n, buffer);
+  }
+  // Of this row or of the one after it.
+  Ahead after(int64_t start) const {
+    return from_memory ? Ahead(advance(x, type, start + kTile), type) : Ahead();
   }
   float* gradient_tile(int64_t start, int64_t n, float* buffer) const {
     return d && !past_caches ? tile_target(advance(d, d_type, start), d_type, n, buffer) : buffer;
@@ -50,11 +55,14 @@ struct TileSums {
   double zp, zq, cross;
 };
 TileSums kl_tile(const float* p, const float* q, int64_t n, const RunningSoftmax& run_p,
-                 const RunningSoftmax& run_q, float* ep, float* eq) {
+                 const RunningSoftmax& run_q, float* ep, float* eq, const Ahead& ahead_p,
+                 const Ahead& ahead_q) {
   const float ref_p = run_p.ref, ref_q = run_q.ref;
   const Pair cp = split_factor(run_p.c), cq = split_factor(run_q.c);
   TileSums sums{0.0, 0.0, 0.0};
   for_blocks(n, [&](int64_t begin, int64_t end) {
+    ahead_p.ask(begin, end);
+    ahead_q.ask(begin, end);
     float zp = 0.f, zq = 0.f, cross = 0.f;
 #pragma omp simd reduction(+ : zp, zq, cross)
     for (int64_t i = begin; i < end; ++i) {
@@ -70,6 +78,28 @@ TileSums kl_tile(const float* p, const float* q, int64_t n, const RunningSoftmax
     sums.zp += zp, sums.zq += zq, sums.cross += cross;
   });
   return sums;
+}
+
+struct Scaled {  // (x - ref) * scale
+  const float* x;
+  float ref;
+  Pair scale;
+};
+
+// g = e_p (w (log p - log q - D) - label): with `offset` the scores' difference makes the bracket's
+// first term.
+void kl_gradient_of_p(const Scaled& p, const Scaled& q, const float* ep, int64_t n, float offset,
+                      float w, float label, float* g) {
+  const float *xp = p.x, *xq = q.x;
+  const float ref_p = p.ref, ref_q = q.ref;
+  const Pair sp = p.scale, sq = q.scale;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const float dp = xp[i] - ref_p, dq = xq[i] - ref_q, e = ep[i];
+    const float difference = (dp * sp.hi - dq * sq.hi) + (dp * sp.lo - dq * sq.lo) + offset;
+    const float slope = (w * difference - label) * e;
+    g[i] = e > 0.f ? slope : 0.f;
+  }
 }
 
 int64_t most_tiles(int64_t classes) { return (classes + kTile - 1) / kTile + 1; }
@@ -286,7 +316,7 @@ class RowKernel {
       const float* tile = x.tile(start, n, buffer_[0]);
       const int64_t m = padded(n);
       x.run.raise(largest_of(tile, m));
-      x.run.z += exponentials_of(tile, m, x.run, x.e + start);
+      x.run.z += exponentials_of(tile, m, x.run, x.e + start, x.after(start));
       x.top[k] = x.run.top;
     });
   }
@@ -308,7 +338,8 @@ class RowKernel {
       else if (z > 0.0)
         cross =
             (cross + z * ((ref_p - p.run.ref) * p.run.c - (ref_q - q.run.ref) * q.run.c)) * factor;
-      const TileSums sums = kl_tile(xp, xq, m, p.run, q.run, p.e + start, q.e + start);
+      const TileSums sums = kl_tile(xp, xq, m, p.run, q.run, p.e + start, q.e + start,
+                                    p.after(start), q.after(start));
       p.run.z += sums.zp;
       q.run.z += sums.zq;
       cross += sums.cross;
@@ -361,14 +392,9 @@ class RowKernel {
       if (p.d || learn_temperature_) {
         const float *xp = p.tile(start, n, buffer_[0]), *xq = q.tile(start, n, buffer_[1]);
         float* g = p.gradient_tile(start, n, buffer_[3]);
-        const Pair sp = split_factor(p.scale), sq = split_factor(q.scale);
-        const float ref_p = p.run.ref, ref_q = q.run.ref, wp = cp * fp, wl = label_p * fp;
-#pragma omp simd
-        for (int64_t i = 0; i < m; ++i) {
-          const float dp = xp[i] - ref_p, dq = xq[i] - ref_q;
-          const float difference = (dp * sp.hi - dq * sq.hi) + (dp * sp.lo - dq * sq.lo) + offset;
-          g[i] = ep[i] > 0.f ? (wp * difference - wl) * ep[i] : 0.f;
-        }
+        kl_gradient_of_p({xp, p.run.ref, split_factor(p.scale)},
+                         {xq, q.run.ref, split_factor(q.scale)}, ep, m, offset, cp * fp,
+                         label_p * fp, g);
         if (decoupled()) set_label(start, n, g, label_p);
         finish(p, k, start, n, g);
       }

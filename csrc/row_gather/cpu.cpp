@@ -23,9 +23,14 @@ struct Row {
   int64_t stride, classes;
   const int64_t* index;  // ascending; -1 is no index
   int64_t k;
+  bool from_memory;  // side by side, and too many to be in a cache yet
 
   Row(const Tensor& t, const Tensor& indices, int64_t r)
-      : type(t.dtype), stride(t.stride[1]), classes(t.shape[1]), k(indices.shape[1]) {
+      : type(t.dtype),
+        stride(t.stride[1]),
+        classes(t.shape[1]),
+        k(indices.shape[1]),
+        from_memory(t.stride[1] == 1 && exceeds_caches(t)) {
     const int64_t inner = t.shape[2];
     x = advance(t.data, t.dtype, r / inner * t.stride[0] + r % inner * t.stride[2]);
     index = indices.as<int64_t>() + r * k;
@@ -40,6 +45,10 @@ struct Row {
     for (int64_t v = 0; v < n; ++v) buffer[v] = at(start + v);
     for (int64_t v = n; v < padded(n); ++v) buffer[v] = -INFINITY;
     return buffer;
+  }
+  // The tile that follows the one at `start`, in this row or the next.
+  Ahead after(int64_t start) const {
+    return from_memory ? Ahead(advance(x, type, start + kTile), type) : Ahead();
   }
 };
 
@@ -85,7 +94,7 @@ void forward_row(const Row& row, float t, int outside, float* buffer, float* e,
       for (int64_t i = from; i < j; ++i) buffer[row.index[i] - start] = -INFINITY;
     }
     run.raise(largest_of(x, m));
-    run.z += exponentials_of(x, m, run, e);
+    run.z += exponentials_of(x, m, run, e, row.after(start));
   }
   float ref = run.ref;
   double z = run.z, mass_out = 1.0;

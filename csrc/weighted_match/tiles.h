@@ -28,6 +28,7 @@ inline int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 inline const float* read_row(const Tensor& x, int64_t b, int64_t r, int64_t l, int64_t n,
                              float* buffer) {
   const void* p = advance(x.data, x.dtype, b * x.stride[0] + r * x.stride[1] + l);
+  if (exceeds_caches(x)) Ahead(advance(p, x.dtype, kMaxLanes), x.dtype).ask(0, n);
   return x.dtype == DType::f32 ? static_cast<const float*>(p) : load_tile(p, x.dtype, n, buffer);
 }
 
@@ -43,7 +44,7 @@ void for_each(int64_t n, int64_t work, int64_t threads, const Body& body) {
 // Rows of a result, built where they belong or in a buffer.
 class Output {
  public:
-  Output(const Tensor& x) : x_(x), large_(x && x.numel() * size_of(x.dtype) >= kPastCaches) {}
+  Output(const Tensor& x) : x_(x), large_(x && exceeds_caches(x)) {}
   explicit operator bool() const { return static_cast<bool>(x_); }
 
   // How many of n elements to make before they are put: few where they go past the caches, so that

@@ -57,16 +57,16 @@ class StoredGradients(torch.autograd.Function):
     def forward(
         ctx: Any, operation: str, backend: str, made: tuple[torch.Tensor, ...], *inputs: torch.Tensor
     ) -> torch.Tensor:
-        ctx.about = operation, backend, [x.dtype for x in inputs]
+        ctx.about = operation, backend
         ctx.save_for_backward(*made)
         return made[0]
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> Any:
-        operation, backend, dtypes = ctx.about
+        operation, backend = ctx.about
         output, *made = ctx.saved_tensors
-        grads = [g if g.dtype == d else g.to(d) for g, d in zip(scaled(made, upstream, backend), dtypes)]
-        return (None, None, None, *first_order(operation, output, grads))
+        # Autograd itself brings a float32 gradient of a half precision input to that precision.
+        return (None, None, None, *first_order(operation, output, scaled(made, upstream, backend)))
 
 
 # Function.apply is a layer of Python for functorch's transforms over this one, and takes 2 us.
