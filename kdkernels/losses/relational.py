@@ -70,13 +70,14 @@ class _Distances:
     def reference(self) -> bool:
         return self.backend == "reference"
 
-    def squared(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of both models."""
+    def squared(self, *, exact: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of both models; `exact` ones as samples.py has them."""
         if self.rows is not None:
             from kdkernels.distributed import ring
 
             return ring.squared_distances(self.student, self.rows), ring.squared_distances(self.teacher, self.rows)
-        return squared_distances(self.student, self.backend), squared_distances(self.teacher, self.backend)
+        student, teacher = (squared_distances(x, self.backend, exact=exact) for x in (self.student, self.teacher))
+        return student, teacher
 
     def pairs(self, mask: torch.Tensor | None, labels: torch.Tensor | None) -> torch.Tensor | None:
         """The weights of the pairs that squared() has."""
@@ -335,17 +336,17 @@ def hard_dark_rank_loss(
     checks.float_tensor("teacher", teacher)
     distances = _Distances("hard_dark_rank_loss", student, teacher.detach(), normalize, backend, group, ring)
     n, samples = distances.n, distances.samples
-    d2, by_teacher = distances.squared()
+    # To a power, times a factor, in an exponent: what float32 would round there is after the point of the result.
+    d2, by_teacher = distances.squared(exact=True)
     nearest = (
         by_teacher.masked_fill(distances.itself(), torch.inf).topk(min(k, max(n - 1, 0)), dim=1, largest=False).indices
     )
-    # Few, and as large as the third power of a distance: in float32 their exponentials would lose what is after the point.
     chosen = d2.gather(1, nearest).double()
     apart = chosen > eps
     scores = -alpha * torch.where(apart, chosen.where(apart, 1.0) ** (beta / 2), eps ** (beta / 2))
     # The m-th denominator runs over the m-th to the k-th of the order.
     denominators = scores.flip(1).logcumsumexp(1)
-    rows = (denominators.sum(1) - scores.sum(1)).to(d2.dtype)
+    rows = (denominators.sum(1) - scores.sum(1)).to(torch.promote_types(student.dtype, torch.float32))
     if reduction == "none":
         return rows if samples is None or ring else rows[samples.own]
     total = samples.total(rows.sum()) if samples is not None and ring else rows.sum()

@@ -22,10 +22,12 @@ def normalized(x: torch.Tensor) -> torch.Tensor:
     return x / length.clamp_min(EPS).masked_fill(length == 0, torch.inf)
 
 
-def squared_distances(x: torch.Tensor, backend: str) -> torch.Tensor:
+def squared_distances(x: torch.Tensor, backend: str, *, exact: bool = False) -> torch.Tensor:
+    """Of all pairs of rows; `exact` ones, by kernels, are float64, for what would magnify a rounding to float32."""
     if backend == "reference":
         return pairwise_reference.squared_distances(wide(x))
-    return pairwise.squared_distances(x, backend=backend)[0]
+    hi, lo = pairwise.squared_distances(x, backend=backend, split=exact)
+    return hi.double() + lo if exact else hi
 
 
 def off_diagonal(x: torch.Tensor) -> torch.Tensor:
