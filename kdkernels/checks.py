@@ -11,7 +11,7 @@ import math
 import numbers
 import os
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 
@@ -65,7 +65,7 @@ def real(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, (bool, Fraction))
 
 
-def whole(value: Any) -> bool:
+def whole(value: Any) -> TypeGuard[int]:
     """Whether it is a plain integer: numpy's are, True is none."""
     return isinstance(value, (int, numbers.Integral)) and not isinstance(value, bool)
 

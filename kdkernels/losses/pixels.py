@@ -48,7 +48,7 @@ def _patch(pool: float | int | None, height: int, width: int) -> tuple[int, int]
     if not checks.real(pool):
         raise TypeError(f"pool must be a fraction of the map, a patch's side or None, got {type(pool).__name__}")
     if checks.whole(pool) and pool >= 1:
-        side = checks.integer("pool", int(pool))
+        side = checks.integer("pool", pool)
         return side, side
     if checks.whole(pool) or not 0 < pool <= 1:
         raise ValueError(f"pool must be a fraction of the map in (0, 1], or a positive integer, got {pool!r}")
