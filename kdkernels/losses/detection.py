@@ -14,6 +14,7 @@ from kdkernels.losses.boxes import Boxes, box_masks, giou, map_scale, padded_box
 from kdkernels.losses.features import SUPPORTED, adapted, as_wide, checked, hint_loss
 from kdkernels.losses.logits import kl_div
 from kdkernels.losses.module import LossModule
+from kdkernels.ops.library import learns
 from kdkernels.ops.scalars import Number, factor
 from kdkernels.ops.weighted_match import op, sums
 from kdkernels.typed import typed
@@ -141,7 +142,7 @@ def fgd_loss(
     if s.dim() != 4:
         raise ValueError(f"student_features must be (N, C, H, W), got shape {tuple(s.shape)}")
     backend = backends.resolve("fgd_loss", (s, t), backend, SUPPORTED)
-    if backend == "reference" or (torch.is_grad_enabled() and s.requires_grad):
+    if backend == "reference" or learns(s):
         (s,) = as_wide(s)  # several terms' gradients meet in it, and are rounded once
     batch, size = s.shape[0], (s.shape[2], s.shape[3])
     drawn, known = padded_boxes(boxes, batch, s.device, torch.promote_types(s.dtype, torch.float32))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from kdkernels.ops.edge_relation import native, reference
-from kdkernels.ops.library import define, first_order, save
+from kdkernels.ops.library import define, first_order, learns, save
 from kdkernels.ops.scale.op import learners, with_gradients
 
 BACKENDS = ("triton", "cpu", "reference")
@@ -198,7 +198,7 @@ def edge_divergence(
     """
     if backend == "reference":
         return reference.edge_divergence(student, teacher, edges.target, edges.arriving.shape[0] - 1, squares)
-    wants = [torch.is_grad_enabled() and x.requires_grad for x in (student, teacher)]
+    wants = [learns(student), learns(teacher)]
     with torch.no_grad():
         loss, *made = divergence_op(student, teacher, edges.target, edges.arriving, squares, *wants)
     if not any(wants):

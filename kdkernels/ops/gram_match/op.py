@@ -6,7 +6,7 @@ import torch
 
 from kdkernels.ops.gram_match import native, reference
 from kdkernels.ops.gram_match.kinds import Kind, Normalize
-from kdkernels.ops.library import define
+from kdkernels.ops.library import define, learns
 from kdkernels.ops.scalars import pack
 from kdkernels.ops.scale.op import learners, with_gradients
 
@@ -117,7 +117,7 @@ def gram_match(
             factors=factors, eps=eps, gamma=gamma,
         )  # fmt: skip
     inputs = student, teacher, student_other, teacher_other
-    wants = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+    wants = [learns(x) for x in inputs]
     wanted = sum(1 << i for i, want in enumerate(wants) if want)
     loss, grads = gram_match_op(
         *inputs, pack((scale, *factors, eps, gamma)), kind.value, normalize.value, order, wanted, backend

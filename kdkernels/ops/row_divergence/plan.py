@@ -8,7 +8,7 @@ import torch
 
 from kdkernels import backends, checks
 from kdkernels.ops import layout
-from kdkernels.ops.library import looked_at
+from kdkernels.ops.library import learns, looked_at
 from kdkernels.ops.plans import remembered
 from kdkernels.ops.scalars import Number, detached, pack
 
@@ -63,7 +63,7 @@ def plan_of(
         teacher_temperature is None,
     )  # fmt: skip
     plain = not any(isinstance(x, torch.Tensor) for x in (temperature, teacher_temperature, num_items))
-    wants = tuple([torch.is_grad_enabled() and x.requires_grad for x in tensors])
+    wants = tuple([learns(x) for x in tensors])
     splits = None
     if plain and backend != "reference" and not looked_at(*tensors):
         grads = [torch.empty_like(x, device="meta") if want else None for x, want in zip(tensors, wants)]

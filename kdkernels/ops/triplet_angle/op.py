@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from kdkernels.ops.library import define
+from kdkernels.ops.library import define, learns
 from kdkernels.ops.pairwise_distance import op as pairwise
 from kdkernels.ops.scalars import Number, pack
 from kdkernels.ops.scale.op import learners, with_gradients
@@ -112,7 +112,7 @@ def relations(
     angle_beta, angle_reduction = angle or NO_ANGLES
     scale = v / max(student.shape[0] ** 3, 1) if angle_reduction == "mean" else v
     inputs = student, teacher
-    wanted = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
+    wanted = [learns(x) for x in inputs]
     loss, grads = relations_op(
         student, teacher, mask, pack((u, beta, eps, scale, angle_beta)), distance is not None, squared, normalize,
         pairwise.REDUCTIONS.index(reduction), angle is not None, *wanted, backend,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kdkernels.ops.library import define, first_order, save
+from kdkernels.ops.library import define, first_order, learns, save
 from kdkernels.ops.scale.op import learners, with_gradients
 from kdkernels.ops.weighted_match.maps import as_dense, as_map, plan
 from kdkernels.ops.weighted_match.op import gradients, is_late, one_float
@@ -72,8 +72,7 @@ def context(student: torch.Tensor, teacher: torch.Tensor, scalars: torch.Tensor,
             the last level's cells where these divide without a rest.
         backend: "cpu".
     """
-    learns = torch.is_grad_enabled()
-    want_s, want_t = learns and student.requires_grad, learns and teacher.requires_grad
+    want_s, want_t = learns(student), learns(teacher)
     if is_late(student, teacher, want_s, want_t):
         return LateContext.apply(student, teacher, scalars, backend)
     total, grads = context_op(student, teacher, scalars, None, want_s, want_t, backend)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from kdkernels.native import View
-from kdkernels.ops.library import define, first_order, save
+from kdkernels.ops.library import define, first_order, learns, save
 from kdkernels.ops.scalars import pack
 from kdkernels.ops.scale.op import learners, with_gradients
 from kdkernels.ops.weighted_match import reference
@@ -195,14 +195,13 @@ def match(
         s, t = of_channels(student, dim), of_channels(teacher, dim)
         return factor * reference.match(s, t, *sides, measure=measure, beta=beta)
     scalars, kind = pack((beta, factor)), MEASURES.index(measure)
-    learns = torch.is_grad_enabled()
-    want_s, want_t = learns and student.requires_grad, learns and teacher.requires_grad
+    want_s, want_t = learns(student), learns(teacher)
     if is_late(student, teacher, want_s, want_t):
         return LateMatch.apply(student, teacher, *sides, scalars, (kind, dim, backend))
     flat, wanted = sides, (False, False, False, False)
     if any(x is not None for x in sides):  # as tensors they are not to be compared
         flat = tuple(map(small, sides))
-        wanted = tuple([learns and x is not None and x.requires_grad for x in sides])
+        wanted = tuple([learns(x) for x in sides])
     total, sums, grads = match_op(
         student, teacher, *flat, scalars, None, kind, dim, wanted[0] or wanted[2], wanted[1] or wanted[3], want_s, want_t,
         backend,
@@ -322,8 +321,7 @@ def attention(
     flags = SQUARED * squared + MEAN * mean + ADD_EPS * add_eps + OVER_CHANNELS * over_channels
     flags += SIGNED * (signed and math.fmod(p, 2) == 1)
     scalars, exponent = pack((p, eps)), exponent_of(p)
-    learns = torch.is_grad_enabled()
-    want_s, want_t = learns and student.requires_grad, learns and teacher.requires_grad
+    want_s, want_t = learns(student), learns(teacher)
     if is_late(student, teacher, want_s, want_t):
         return LateAttention.apply(student, teacher, scalars, (exponent, flags, dim, backend))
     total, _, grads = attention_op(student, teacher, scalars, exponent, flags, dim, want_s, want_t, backend)
