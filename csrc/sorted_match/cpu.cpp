@@ -1,5 +1,6 @@
 // The distance between two models' sorted probabilities, row by row, on the CPU. See
 // kdkernels/ops/sorted_match/README.md.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <utility>

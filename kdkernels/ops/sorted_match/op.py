@@ -81,15 +81,8 @@ def _backward(
     if backend == "cpu":
         if dx.numel():
             backends.library("cpu").call(
-                "sorted_match_backward",
-                _rows(x),
-                signs,
-                scalars,
-                upstream.contiguous(),
-                dx,
-                side,
-                torch.get_num_threads(),
-            )
+                "sorted_match_backward", _rows(x), signs, scalars, upstream.contiguous(), dx, side, torch.get_num_threads(),
+            )  # fmt: skip
         return dx
     t = scalars.to(x.device)[side]
     rows = max(1, CHUNK // x.shape[1])
