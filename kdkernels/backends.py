@@ -17,6 +17,8 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch._C import _are_functorch_transforms_active
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from kdkernels import native
@@ -144,7 +146,7 @@ def order(device: str) -> tuple[str, ...]:
 
 def transformed() -> bool:
     """Inside torch.func's transforms or forward-mode differentiation, of which a kernel's backward knows nothing."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def resolve(

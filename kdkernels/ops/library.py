@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._C import _len_torch_dispatch_stack
+from torch.compiler import is_compiling
 
 from kdkernels import backends
 
@@ -15,7 +17,7 @@ TENSORS = {torch.Tensor, torch.nn.Parameter}  # and no subclass, whose operation
 
 def looked_at(*tensors: torch.Tensor) -> bool:
     """Whether something looks on: torch.compile, a dispatch mode, a transform of torch.func, a tensor subclass."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or backends.transformed():
+    if is_compiling() or _len_torch_dispatch_stack() or backends.transformed():
         return True
     for x in tensors:  # noqa: SIM110 (a generator would take three times as long)
         if type(x) not in TENSORS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from kdkernels.ops.library import looked_at
 from kdkernels.ops.scalars import remembers
 
 Plan = TypeVar("Plan")
+_ABOUT = operator.attrgetter("shape", "dtype", "device", "requires_grad")
 KEPT = 4096  # plans of one kind; then they are forgotten, and worked out anew
 
 
@@ -29,10 +31,9 @@ def remembered(make: Callable[..., Plan]) -> Callable[..., Plan]:
         if looked_at(*tensors):
             return make(tensors, *options)
         try:
-            about: list[Any] = [backends.requested(), torch.is_grad_enabled(), options]
-            for x in tensors:
-                about += x.shape, x.stride(), x.layout, x.dtype, x.device, x.requires_grad
-            key = (*about, tuple(map(type, options)))  # 1, 1.0 and True are equal
+            # With the options' types, for 1, 1.0 and True are equal.
+            asked = backends.requested(), torch.is_grad_enabled(), options, *map(type, options)
+            key = *asked, *map(_ABOUT, tensors), *map(torch.Tensor.stride, tensors)
             found = known.get(key)
         except (TypeError, RuntimeError):  # an option has no hash, or a tensor no strides
             return make(tensors, *options)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._C._autograd import _get_current_graph_task_keep_graph
+from torch.compiler import is_compiling
 
 from kdkernels import backends
 from kdkernels.ops.library import define, first_order, looked_at
@@ -40,7 +43,7 @@ def scaled(grads: Sequence[torch.Tensor], factor: torch.Tensor, backend: str) ->
     graph: then they will be needed again as they are.
     """
     # Under the compiler operators are functionalised: nothing saved is overwritten.
-    if not torch.compiler.is_compiling() and torch._C._autograd._get_current_graph_task_keep_graph():
+    if not is_compiling() and _get_current_graph_task_keep_graph():
         # Also where the factor is 1: whoever receives a gradient may go on writing into it.
         grads = tuple([g.clone() for g in grads])
     if factor.is_cpu and not looked_at(factor) and factor.item() == 1:
@@ -82,4 +85,4 @@ def with_gradients(
 
 def learners(tensors: Sequence[Any], wanted: Sequence[bool]) -> tuple[torch.Tensor, ...]:
     """Those whose gradients are wanted: the inputs of `with_gradients`."""
-    return tuple([x for x, want in zip(tensors, wanted) if want])
+    return tuple(itertools.compress(tensors, wanted))
