@@ -259,24 +259,33 @@ class Worker {
 
   // All products of rows of x with rows of y (x itself where there is none), and x's units.
   void gram(Gram& g, const Matrix& x, const Matrix& y) {
+    if (p_.normalize != kColumns && x.has_pairs() && (!y || y.has_pairs()))
+      products<true>(g, x, y);
+    else
+      products<false>(g, x, y);
+  }
+
+  template <bool kPairs>
+  void products(Gram& g, const Matrix& x, const Matrix& y) {
     const int64_t left = (x.rows + kPanel - 1) / kPanel,
                   right = y ? (y.rows + kPanel - 1) / kPanel : left;
     const int64_t panels = left + (y ? right : 0);
-    const int64_t depth = least(up_to(kChunk / (panels * kPanel) + 1, kPacked), x.columns);
+    const int64_t columns = kPairs ? x.pairs() : x.columns;
+    const int64_t depth = least(up_to(kChunk / (panels * kPanel) + 1, kPacked), columns);
     const int64_t size = up_to(depth, 16) * kPanel;
     float* packed = packed_.floats(panels * size + 2 * left * kPanel);
     float* others = y ? packed + left * size : packed;
     double* squares = reinterpret_cast<double*>(packed + panels * size);
     for (int64_t i = 0; i < left * kPanel; ++i) squares[i] = 0.0;
     const bool units = p_.normalize == kClamped || p_.normalize == kShifted;
-    for (int64_t k = 0; k < x.columns; k += depth) {
-      const int64_t n = least(depth, x.columns - k);
+    for (int64_t k = 0; k < columns; k += depth) {
+      const int64_t n = least(depth, columns - k);
       parallel_for(panels, 4 * panels * n * kPanel, threads_, [&](int64_t begin, int64_t end) {
         Scratch buffer;
         for (int64_t i = begin; i < end; ++i) {
-          pack(i < left ? x : y, (i < left ? i : i - left) * kPanel, k, n, packed + i * size,
-               buffer.floats(kPanel * kPacked));
-          if (units) add_squares(packed + i * size, n, squares + i * kPanel);
+          pack<kPairs>(i < left ? x : y, (i < left ? i : i - left) * kPanel, k, n,
+                       packed + i * size, buffer.floats(kPanel * kPacked));
+          if (units) add_squares<kPairs>(packed + i * size, n, squares + i * kPanel);
         }
       });
       if (p_.normalize == kColumns) normalize_columns(g, packed, left, size, k, n);
@@ -292,8 +301,8 @@ class Worker {
         for (int64_t unit = begin; unit < end; ++unit) {
           while (unit >= from + strips_of(j)) from += strips_of(j++);
           const int64_t i = (unit - from) * kStrip;
-          multiply_deep(packed + i / kPanel * size + i % kPanel, kPanel, others + j * size, n,
-                        g.values + i * p_.row + j * kPanel, p_.row, k == 0);
+          multiply_deep<kPairs>(packed + i / kPanel * size + i % kPanel, kPanel, others + j * size,
+                                n, g.values + i * p_.row + j * kPanel, p_.row, k == 0);
         }
       });
     }
@@ -309,13 +318,21 @@ class Worker {
 
   // The squared lengths of a panel's rows. A row's length is in all its elements: it gets more
   // digits than they have.
+  template <bool kPairs>
   KDK_ONE_COPY static void add_squares(const float* panel, int64_t n, double* squares) {
     for (int64_t k0 = 0; k0 < n; k0 += 16) {
       float part[kPanel] = {};
       for (int64_t k = k0; k < least(k0 + 16, n); ++k)
 #pragma omp simd
-        for (int64_t r = 0; r < kPanel; ++r)
-          part[r] += panel[k * kPanel + r] * panel[k * kPanel + r];
+        for (int64_t r = 0; r < kPanel; ++r) {
+          const float x = panel[k * kPanel + r];
+          if constexpr (kPairs) {
+            const float first = unpaired(x, false), second = unpaired(x, true);
+            part[r] += first * first + second * second;
+          } else {
+            part[r] += x * x;
+          }
+        }
       for (int64_t r = 0; r < kPanel; ++r) squares[r] += static_cast<double>(part[r]);
     }
   }
