@@ -198,6 +198,18 @@ def test_models_that_agree_have_no_gradient(
             assert not value.any()
 
 
+@pytest.mark.parametrize("copies, spread", [(1, 1.0), (4, 1.0), (4, 0.001), (19, 1.0)])
+def test_many_samples(copies: int, spread: float, generator: torch.Generator) -> None:
+    """More than 192, and than 1024, go other ways on a CPU, distances of two scales too. Copies change no mean of angles."""
+    centres = (torch.arange(56) % 2)[:, None] * (spread < 1)
+    s, t = (centres + spread * x for x in embeddings(56, 40, 1030, generator))
+    order = torch.arange(56).repeat(copies)[torch.randperm(56 * copies, generator=generator)]
+    angle, *by_angle = gradients(published_angle, s.to(F64), t.to(F64), both=True)
+    distance, *by_distance = gradients(published_distance, s[order].to(F64), t[order].to(F64), both=True)
+    expected = [distance + 2 * angle, *(d + 2 * a[order] / copies for d, a in zip(by_distance, by_angle))]
+    close(gradients(rkd_loss, s[order], t[order], both=True, backend="cpu"), expected, 2e-6)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("n", [0, 1, 2, 3])
 def test_few_samples(target: Target, loss: str, n: int, generator: torch.Generator) -> None:

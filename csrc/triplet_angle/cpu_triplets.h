@@ -150,7 +150,8 @@ KDK_INLINE Floats block(const Job& job, float* opposite, float* rows, int64_t si
 template <typename Form, bool kGrad>
 KDK_ONE_COPY double sides(const Job& job, float* opposite, float* rows, int64_t lanes, int64_t j0,
                           int64_t j1, int64_t k0, int64_t k1) {
-  const int64_t size = Row<Form>::size(lanes), together = kCached / lanes;
+  // An even number: two sides j go together, and never across the beginning of a range of sides k.
+  const int64_t size = Row<Form>::size(lanes), together = kCached / lanes / 2 * 2;
   double loss = 0.0;
   for (int64_t kk = k0; kk < k1; kk += together) {
     const int64_t end = least(kk + together, k1);
