@@ -6,19 +6,15 @@ numbers. Values of CPU tensors are checked too, and with KDKERNELS_DEBUG=1 those
 
 from __future__ import annotations
 
-import contextlib
 import math
 import numbers
 import os
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 
 from kdkernels.ops.scalars import Number, readable
-
-if TYPE_CHECKING:
-    from kdkernels.distributed.batch import Samples
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("rowmean", "batchmean", "mean", "sum", "none")
@@ -162,6 +158,11 @@ def number(
         raise ValueError(f"{name} must be {'finite' if low == -math.inf else bounds}, got {x:g}")
 
 
+def plain_number(name: str, value: float | None, **bounds: Any) -> None:
+    """A number that reaches the kernels by value."""
+    number(name, value, plain=True, **bounds)
+
+
 def temperatures(
     temperature: Number, teacher_temperature: Number | None, like: torch.Tensor, *, learnable: bool = False
 ) -> None:
@@ -295,6 +296,15 @@ def positive(name: str, x: torch.Tensor) -> None:
         raise ValueError(f"{name} must be positive, got {x.tolist()}")
 
 
+def boxes(name: str, x: torch.Tensor, *, padded: bool) -> None:
+    """Corners x1, y1, x2, y2; in a padded tensor a row with x2 < x1 or y2 < y1 is no box."""
+    if x.numel() and _may_read(x):
+        wrong = x.isnan() if padded else ~(x[..., 2:] >= x[..., :2])  # so of NaN too
+        if wrong.any():
+            what = "numbers" if padded else "x1, y1, x2, y2, with x1 <= x2 and y1 <= y2"
+            raise ValueError(f"{name} must be {what}; got {x[wrong.any(-1)][0].tolist()}")
+
+
 def embeddings(
     student: torch.Tensor, teacher: torch.Tensor, names: tuple[str, str] = ("student", "teacher")
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -316,88 +326,8 @@ def embeddings(
     return _features_of(names[0], student), _features_of(names[1], teacher)
 
 
-def batch(
-    operation: str,
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    group: torch.distributed.ProcessGroup | None,
-    *,
-    gather: bool = True,
-    **others: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, Samples | None]:
-    """`embeddings` of all samples of a group's ranks, and where they are; without a group of this process's, and None.
-
-    Args:
-        gather: False leaves the embeddings where they are: this rank's.
-        others: what else has a first axis of samples, which the ranks are to agree on.
-    """
-    if group is None:
-        return *embeddings(student, teacher), None
-    from kdkernels.distributed.batch import meet
-
-    with refusing(group):
-        student, teacher = embeddings(student, teacher)
-        for name, x in others.items():
-            of_samples(name, x, student)
-    samples = meet(operation, group, student=student, teacher=teacher, **others)
-    if gather:
-        student, teacher = samples.gather(student), samples.gather(teacher)
-    return student, teacher, samples
-
-
-def refusing(group: torch.distributed.ProcessGroup | None) -> contextlib.AbstractContextManager[None]:
-    """Round checks: where they fail on this rank of a group, the others fail too instead of waiting for it."""
-    if group is None:
-        return contextlib.nullcontext()
-    process_group(group)
-    from kdkernels.distributed import batch
-
-    return batch.refusing(group)
-
-
-def process_group(group: Any) -> None:
-    distributed = torch.distributed
-    if not distributed.is_available():
-        raise ValueError("group must be None: this torch has no torch.distributed")
-    if not isinstance(group, distributed.ProcessGroup):
-        if group is distributed.GroupMember.NON_GROUP_MEMBER:
-            raise ValueError("group must have this process in it: new_group said that it has not")
-        raise TypeError(f"group must be a process group of torch.distributed, got {type(group).__name__}")
-
-
-def meeting(group: Any) -> None:
-    """A group, or None for all ranks."""
-    if group is not None:
-        process_group(group)
-    elif not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        raise ValueError("group is all ranks by default, and there are none: call torch.distributed.init_process_group")
-
-
-def of_samples(name: str, x: Any, like: torch.Tensor) -> None:
-    """None, or a tensor with as many samples as `like`, beside it."""
-    if x is None:
-        return
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if x.dim() == 0 or x.shape[0] != like.shape[0]:
-        raise ValueError(f"{name} must have {like.shape[0]} samples in its first axis, got shape {tuple(x.shape)}")
-    if x.device != like.device:
-        raise ValueError(f"{name} must be on {like.device} with the embeddings, got {x.device}")
-
-
-def ring(ring: bool, group: torch.distributed.ProcessGroup | None) -> None:
-    flag("ring", ring)
-    if ring and group is None:
-        raise ValueError("ring=True is how the ranks of a group meet: give a group")
-
-
 def _features_of(name: str, x: torch.Tensor) -> torch.Tensor:
     features = x.shape[1:].numel()
     if features == 0:
         raise ValueError(f"{name} must have at least one feature, got shape {tuple(x.shape)}")
     return x if x.dim() == 2 else x.reshape(x.shape[0], features)
-
-
-def plain_number(name: str, value: float | None, **bounds: Any) -> None:
-    """A number that reaches the kernels by value."""
-    number(name, value, plain=True, **bounds)

@@ -113,6 +113,16 @@ def test_crd(dense: bool, normalizers: Any, generator: torch.Generator) -> None:
         crd_loss(s, t, *banks, idx.masked_fill(idx == idx[0, 0], K))
 
 
+@pytest.mark.parametrize("dense", [True, False])
+def test_crd_with_banks_made_in_inference_mode(dense: bool, generator: torch.Generator) -> None:
+    s, t = (torch.randn(N, D, generator=generator).requires_grad_() for _ in range(2))
+    banks = [F.normalize(torch.randn(K, D, generator=generator), dim=1) for _ in range(2)]
+    idx = torch.randint(0, K, (N, 5), generator=generator)
+    with torch.inference_mode():
+        frozen = [x.clone() for x in (*banks, idx)]
+    same(crd_loss(s, t, *frozen, dense=dense), crd_loss(s, t, *banks, idx, dense=dense), s, t)
+
+
 @pytest.mark.parametrize("name", ["compress_loss", "seed_loss", "info_nce_distillation_loss", "crd_loss"])
 def test_zero_embeddings_have_no_gradient(name: str, generator: torch.Generator) -> None:
     x = make(Target("cpu", "cpu"), generator)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from kdkernels import checks
+from kdkernels import checks, groups
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def count_items(
     checks.integer("ignore_index", ignore_index)
     checks.flag("weighted", weighted)
     checks.flag("average", average)
-    checks.meeting(group)
+    groups.meeting(group)
     mass = tokens.sum(dtype=torch.float32) if weighted else (tokens != ignore_index).sum(dtype=torch.float32)
     dist.all_reduce(mass, group=group)
     return mass / dist.get_world_size(group) if average else mass

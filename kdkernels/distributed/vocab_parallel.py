@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from kdkernels import backends, checks
+from kdkernels import backends, checks, groups
 from kdkernels.distributed.shards import Job, ShardedLoss, of_heads, of_logits
 from kdkernels.losses.logits import soft_term
 from kdkernels.ops.row_divergence.kinds import Kind
@@ -53,7 +53,7 @@ def _finish(
     checks.integer("chunk_bytes", chunk_bytes, low=0)
     if vocab_start is not None:
         checks.integer("vocab_start", vocab_start, low=0)
-    checks.meeting(group)
+    groups.meeting(group)
     checks.choice("reduction", reduction, ("rowmean", "batchmean", "sum", "none"))
     hard = labels is not None and not (checks.real(alpha) and alpha == 1)
     if labels is None and checks.real(alpha) and alpha != 1:

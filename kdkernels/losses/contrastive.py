@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed
 
-from kdkernels import backends, checks
+from kdkernels import backends, checks, groups
 from kdkernels.losses.linear import check_chunk
 from kdkernels.losses.module import LossModule
 from kdkernels.losses.samples import normalized
@@ -77,7 +77,7 @@ def compress_loss(
         ValueError: shapes or devices that do not fit, and what linear_kl_div raises it for.
         TypeError, BackendError: as linear_kl_div.
     """
-    student, teacher, samples = checks.batch("compress_loss", student, teacher, group, gather=False, weight=weight)
+    student, teacher, samples = groups.batch("compress_loss", student, teacher, group, gather=False, weight=weight)
     s, t = normalized(student), normalized(teacher)
     student_head = Head(s, check_queue("queue", queue, "student", s))
     shared = teacher_queue is None
@@ -121,7 +121,7 @@ def seed_loss(
 
     Returns, raises: as compress_loss. The teacher gets a gradient if it requires one; the published code detaches it.
     """
-    student, teacher, samples = checks.batch("seed_loss", student, teacher, group, gather=False, weight=weight)
+    student, teacher, samples = groups.batch("seed_loss", student, teacher, group, gather=False, weight=weight)
     s, t = normalized(student), normalized(teacher)
     if s.shape[1] != t.shape[1]:
         raise ValueError(
@@ -163,10 +163,10 @@ def info_nce_distillation_loss(
 
     Returns, raises: as compress_loss.
     """
-    checks.ring(ring, group)
+    groups.ring(ring, group)
     checks.flag("symmetric", symmetric)
     operation = "info_nce_distillation_loss"
-    student, teacher, samples = checks.batch(operation, student, teacher, group, gather=False, weight=weight)
+    student, teacher, samples = groups.batch(operation, student, teacher, group, gather=False, weight=weight)
     s, t = normalized(student), normalized(teacher)
     if s.shape[1] != t.shape[1]:
         raise ValueError(

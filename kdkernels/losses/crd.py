@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed
 
-from kdkernels import backends, checks
+from kdkernels import backends, checks, groups
 from kdkernels.losses.contrastive import check_queue, of_all
 from kdkernels.losses.module import LossModule
 from kdkernels.losses.samples import normalized
 from kdkernels.ops.library import save
-from kdkernels.ops.scalars import Number
+from kdkernels.ops.scalars import Number, readable
 
 if TYPE_CHECKING:
     from kdkernels.distributed.batch import Samples
@@ -80,7 +80,7 @@ def crd_loss(
     Raises:
         ValueError, TypeError, BackendError: as compress_loss. IndexError: indices outside the bank (on a CPU).
     """
-    student, teacher, samples = checks.batch("crd_loss", student, teacher, group, gather=False, indices=indices)
+    student, teacher, samples = groups.batch("crd_loss", student, teacher, group, gather=False, indices=indices)
     s, t = normalized(student), normalized(teacher)
     if s.shape[1] != t.shape[1]:
         raise ValueError(f"student and teacher must have embeddings of one size, got {s.shape[1]} and {t.shape[1]}")
@@ -111,6 +111,10 @@ def crd_loss(
     checks.choice("reduction", reduction, ("rowmean", "batchmean", "sum", "none"))
     checks.plain_number("eps", eps, low=0)
     backends.resolve("crd_loss", (s, t), backend)
+    # Of a bank that was made under torch.inference_mode a copy: autograd keeps no such tensor for the backward.
+    student_bank, teacher_bank = (
+        bank.clone() if readable(bank) and bank.is_inference() else bank for bank in (student_bank, teacher_bank)
+    )
     n, negatives = student_bank.shape[0], indices.shape[1] - 1
     indices = indices.long()
     checks.indices("indices", indices, n)

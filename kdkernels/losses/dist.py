@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kdkernels import checks
+from kdkernels import checks, groups
 from kdkernels.losses.module import LossModule
 from kdkernels.ops.dist.op import dist
 from kdkernels.ops.scalars import Number
@@ -66,7 +66,7 @@ def dist_loss(
     Against others: the authors' code and mmrazor's DISTLoss multiply by T^2 (`scale_by_t2=True`); some recipes
     have beta = gamma = 2. torchdistill's DISTLoss uses torch's cosine_similarity (`clamp_norms=True`).
     """
-    with checks.refusing(group):
+    with groups.refusing(group):
         dim = checks.scores("student_logits", student_logits, "teacher_logits", teacher_logits, dim)
         shape, classes, device = student_logits.shape, student_logits.shape[dim], student_logits.device
         rows = tuple(shape[:dim] + shape[dim + 1 :])

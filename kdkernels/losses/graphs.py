@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
-from kdkernels import backends, checks
+from kdkernels import backends, checks, groups
 from kdkernels.losses.module import LossModule
 from kdkernels.losses.samples import EPS, mean_square, normalized, off_diagonal, squared_distances, wide
 from kdkernels.ops.edge_relation import op as edge_relation
@@ -112,8 +112,8 @@ def global_structure_loss(
     """
     _check_kernel(kernel, normalize, gamma, degree, offset, squared)
     checks.choice("reduction", reduction, ("mean", "sum"))
-    checks.ring(ring, group)
-    student, teacher, samples = checks.batch("global_structure_loss", student, teacher, group, gather=not ring)
+    groups.ring(ring, group)
+    student, teacher, samples = groups.batch("global_structure_loss", student, teacher, group, gather=not ring)
     backend = backends.resolve("global_structure_loss", (student, teacher), backend)
     options = kernel, normalize, gamma, degree, offset, squared
     if samples is not None and ring:
@@ -234,13 +234,13 @@ def local_structure_loss(
     _check_kernel(kernel, normalize, gamma, degree, offset, squared)
     checks.choice("divergence", divergence, ("kl", "mse"))
     checks.choice("reduction", reduction, ("nodes", "edges", "sum"))
-    student, teacher, samples = checks.batch("local_structure_loss", student, teacher, group)
+    student, teacher, samples = groups.batch("local_structure_loss", student, teacher, group)
     if samples is None:
         _check_edges(edge_index, student.device)
     else:
         from kdkernels.distributed.batch import meet
 
-        with checks.refusing(group):
+        with groups.refusing(group):
             _check_edges(edge_index, student.device)
         mine = edge_index.T
         edge_index = meet("local_structure_loss", group, edge_index=mine).gather(mine).T
@@ -345,7 +345,7 @@ def graph_structure_loss(
     checks.plain_number("gamma", gamma, low=0, open_low=True)
     checks.plain_number("beta", beta, low=0, open_low=True)
     checks.choice("reduction", reduction, ("mean", "sum"))
-    student, teacher, _ = checks.batch("graph_structure_loss", student, teacher, group)
+    student, teacher, _ = groups.batch("graph_structure_loss", student, teacher, group)
     backend = backends.resolve("graph_structure_loss", (student, teacher), backend, closure.BACKENDS)
     options = kernel, normalize, gamma, 1, 0.0, False
     (r_s, p_s), (r_t, p_t) = (

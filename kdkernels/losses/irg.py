@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from kdkernels import backends, checks
+from kdkernels import backends, checks, groups
 from kdkernels.losses.module import LossModule
 from kdkernels.losses.samples import EPS, mean_square, off_diagonal, squared_distances, wide
 from kdkernels.ops.scalars import Number, factor
@@ -135,14 +135,14 @@ def instance_relation_graph_loss(
         checks.number(name, value, like=student_features if isinstance(student_features, torch.Tensor) else None)
     checks.flag("squared", squared)
     checks.flag("detach_maximum", detach_maximum)
-    with checks.refusing(group):
+    with groups.refusing(group):
         student, teacher = _layers(student_features, teacher_features)
         if (student_logits is None) != (teacher_logits is None):
             raise ValueError("student_logits and teacher_logits go together: one of them is missing")
         if student_logits is not None and teacher_logits is not None:
             checks.scores("student_logits", student_logits, "teacher_logits", teacher_logits, -1)
             if group is not None:
-                checks.of_samples("student_logits", student_logits, student[0])
+                groups.of_samples("student_logits", student_logits, student[0])
     if group is not None:
         student, teacher, student_logits, teacher_logits = _everybodys(
             group, student, teacher, student_logits, teacher_logits

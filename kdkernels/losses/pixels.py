@@ -7,7 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from kdkernels import backends, checks
+from kdkernels import backends, checks, groups
 from kdkernels.losses.module import LossModule
 from kdkernels.losses.samples import EPS
 from kdkernels.ops.pixel_relation import op
@@ -145,7 +145,7 @@ def cross_image_relation_loss(
     checks.choice("reduction", reduction, ("mean", "sum"))
     if pool is not None:
         checks.integer("pool", pool, low=1)
-    with checks.refusing(group):
+    with groups.refusing(group):
         _maps(student_features, teacher_features)
     backend = backends.resolve("cross_image_relation_loss", (student_features, teacher_features), backend)
     if pool is not None:

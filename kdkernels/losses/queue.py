@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed
 
-from kdkernels import checks
+from kdkernels import checks, groups
 from kdkernels.losses.samples import normalized
 from kdkernels.typed import typed
 
@@ -52,7 +52,7 @@ class Queue(torch.nn.Module):
         size, features = self.entries.shape
         checks.float_tensor("embeddings", embeddings)
         if group is not None:
-            checks.process_group(group)
+            groups.process_group(group)
         if embeddings.dim() != 2 or embeddings.shape[1] != features:
             raise ValueError(f"embeddings must have shape (N, {features}), got {tuple(embeddings.shape)}")
         x = normalized(embeddings).to(self.entries)

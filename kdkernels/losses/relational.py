@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kdkernels import backends, checks
+from kdkernels import backends, checks, groups
 from kdkernels.losses.module import LossModule
 from kdkernels.losses.samples import EPS, normalized, squared_distances
 from kdkernels.ops.pairwise_distance import op as pairwise
@@ -52,9 +52,9 @@ class _Distances:
         self, operation: str, student: torch.Tensor, teacher: torch.Tensor, normalize: bool, backend: str,
         group: torch.distributed.ProcessGroup | None, ring: bool = False, **pairs: torch.Tensor | None,
     ):  # fmt: skip
-        checks.ring(ring, group)
+        groups.ring(ring, group)
         checks.flag("normalize", normalize)
-        self.student, self.teacher, self.samples = checks.batch(
+        self.student, self.teacher, self.samples = groups.batch(
             operation, student, teacher, group, gather=not ring, **pairs
         )
         self.backend = backends.resolve(operation, (self.student, self.teacher), backend)

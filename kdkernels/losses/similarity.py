@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from kdkernels import backends, checks
+from kdkernels import backends, checks, groups
 from kdkernels.losses.module import LossModule
 from kdkernels.ops.gram_match.kinds import Kind, Normalize
 from kdkernels.ops.gram_match.op import gram_match
@@ -22,8 +22,8 @@ class _Batch:
         group: torch.distributed.ProcessGroup | None, ring: bool,
     ):  # fmt: skip
         checks.choice("reduction", reduction, REDUCTIONS)
-        checks.ring(ring, group)
-        self.student, self.teacher, self.samples = checks.batch(operation, student, teacher, group, gather=not ring)
+        groups.ring(ring, group)
+        self.student, self.teacher, self.samples = groups.batch(operation, student, teacher, group, gather=not ring)
         self.n = self.student.shape[0] if self.samples is None else self.samples.whole
         self.scale = 1.0 / max(self.n**2, 1) if reduction == "mean" else 1.0
         self.rows = self.samples if ring else None
