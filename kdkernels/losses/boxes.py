@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 from kdkernels import checks
 
@@ -18,38 +17,35 @@ def padded_boxes(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Boxes of every image as (N, M, 4), and which of them are there, (N, M)."""
     if isinstance(boxes, torch.Tensor):
-        checks.dense("boxes", boxes)
-        if boxes.is_complex():
-            raise TypeError("boxes must be real numbers, got complex ones")
         if boxes.dim() != 3 or boxes.shape[0] != batch or boxes.shape[2] != 4:
             raise ValueError(f"boxes must be (N, M, 4) with N = {batch}, or a list of (m, 4); got {tuple(boxes.shape)}")
-        if boxes.device != device:
-            raise ValueError(f"boxes must be on {device} with the features, got {boxes.device}")
-        boxes = boxes.to(dtype)
-        # Rows that are no box, with a side below 0 or NaN, are padding.
-        return boxes, (boxes[..., 2] >= boxes[..., 0]) & (boxes[..., 3] >= boxes[..., 1])
-    if not isinstance(boxes, (list, tuple)):
-        raise TypeError(f"boxes must be (N, M, 4) or a list of (m, 4), got {type(boxes).__name__}")
-    if len(boxes) != batch:
-        raise ValueError(f"boxes must have one entry an image, {batch}; got {len(boxes)}")
-    for i, one in enumerate(boxes):
-        if not isinstance(one, torch.Tensor):
-            raise TypeError(f"boxes[{i}] must be a tensor (m, 4), got {type(one).__name__}")
-        if one.numel() and (one.dim() != 2 or one.shape[1] != 4):
-            raise ValueError(f"boxes[{i}] must be (m, 4), got {tuple(one.shape)}")
-        if one.device != device:
-            raise ValueError(f"boxes[{i}] must be on {device} with the features, got {one.device}")
-    most = max([0, *[one.shape[0] for one in boxes if one.numel()]])  # Dynamo knows no default=
-    rows = [
-        F.pad(one.to(dtype).reshape(-1, 4), (0, 0, 0, most - one.numel() // 4), value=-1.0)
-        if most
-        else one.new_empty(0, 4)
-        for one in boxes
-    ]
-    stacked = torch.stack(rows).to(dtype) if rows else torch.empty(0, 0, 4, device=device)
-    counts = [one.numel() // 4 for one in boxes]
-    known = torch.arange(most, device=device) < torch.tensor(counts, device=device).reshape(-1, 1)
-    return stacked, known & (stacked[..., 2] >= stacked[..., 0]) & (stacked[..., 3] >= stacked[..., 1])
+        _check("boxes", boxes, device, padded=True)
+        padded = boxes.to(dtype)
+    else:
+        if not isinstance(boxes, (list, tuple)):
+            raise TypeError(f"boxes must be (N, M, 4) or a list of (m, 4), got {type(boxes).__name__}")
+        if len(boxes) != batch:
+            raise ValueError(f"boxes must have one entry an image, {batch}; got {len(boxes)}")
+        for i, one in enumerate(boxes):
+            if not isinstance(one, torch.Tensor):
+                raise TypeError(f"boxes[{i}] must be a tensor (m, 4), got {type(one).__name__}")
+            if one.numel() and (one.dim() != 2 or one.shape[1] != 4):
+                raise ValueError(f"boxes[{i}] must be (m, 4), got {tuple(one.shape)}")
+            _check(f"boxes[{i}]", one, device, padded=False)
+        counts = [one.numel() // 4 for one in boxes]
+        padded = torch.full((batch, max([0, *counts]), 4), torch.nan, dtype=dtype, device=device)
+        for i, one in enumerate(boxes):
+            padded[i, : counts[i]] = one.reshape(-1, 4)
+    return padded, (padded[..., 2:] >= padded[..., :2]).all(-1)
+
+
+def _check(name: str, boxes: torch.Tensor, device: torch.device, padded: bool) -> None:
+    checks.dense(name, boxes)
+    if boxes.is_complex():
+        raise TypeError(f"{name} must be real numbers, got complex ones")
+    if boxes.device != device:
+        raise ValueError(f"{name} must be on {device} with the features, got {boxes.device}")
+    checks.boxes(name, boxes, padded=padded)
 
 
 def box_masks(

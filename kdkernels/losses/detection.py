@@ -103,7 +103,8 @@ def fgd_loss(
         teacher_features: the same shape (after the adapter) on the same device; the dtype may differ. It is taken as
             constant.
         boxes: each image's boxes x1, y1, x2, y2: a list of N tensors (m, 4), or one (N, M, 4) in which a row with
-            x2 < x1 or y2 < y1 is padding. None at all is fine; what lies outside the image is clipped.
+            x2 < x1 or y2 < y1 is padding. None at all is fine; what lies outside the image is clipped. On a GPU, where
+            nobody can look without waiting, a row of a list with such sides, or NaN, is left out too.
         image_size: (height, width) of what the boxes' coordinates are in, or one for each image, (N, 2); by default
             they are in the map's.
         adapter: a module that the student's features go through first, for example Adapter(C_s, C_t).
@@ -121,7 +122,8 @@ def fgd_loss(
 
     Raises:
         ValueError: shapes that differ (for channels the message names the adapter), differing devices, features that are
-            not (N, C, H, W), boxes of another shape or number, temperature not positive.
+            not (N, C, H, W), boxes of another shape or number, temperature not positive; on a CPU also boxes of NaN, and
+            in a list those with x2 < x1 or y2 < y1.
         TypeError: features that are not floating point, a temperature that is a tensor.
         BackendError: the backend asked for cannot run here.
 
