@@ -2,6 +2,12 @@
 
 from kdkernels.backends import BackendError, use_backend
 from kdkernels.features import FeatureCapture, MultiLayerLoss, match_layers
+from kdkernels.losses.attention import (
+    AttentionTransferLoss,
+    ChannelAttentionTransferLoss,
+    attention_transfer_loss,
+    channel_attention_transfer_loss,
+)
 from kdkernels.losses.channels import (
     FSPLoss,
     GramLoss,
@@ -59,15 +65,7 @@ from kdkernels.losses.feature_statistics import (
     pearson_feature_loss,
     variational_information_loss,
 )
-from kdkernels.losses.features import (
-    Adapter,
-    AttentionTransferLoss,
-    ChannelAttentionTransferLoss,
-    HintLoss,
-    attention_transfer_loss,
-    channel_attention_transfer_loss,
-    hint_loss,
-)
+from kdkernels.losses.features import Adapter, HintLoss, hint_loss
 from kdkernels.losses.graphs import (
     GlobalStructureLoss,
     GraphStructureLoss,

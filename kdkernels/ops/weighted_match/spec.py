@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kdkernels.losses import detection, feature_statistics, features, retrieval
+from kdkernels.losses import attention, detection, feature_statistics, features, retrieval
 from kdkernels.ops.registry import Case, Shape, Spec
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -272,14 +272,14 @@ SPEC = Spec(
         _case("hint-absolute", features.hint_loss, measure="absolute", reduction="sum"),
         _case("hint-smooth-l1", features.hint_loss, shapes=TOKENS, measure="smooth_l1", beta=0.5, dim=-1),
         _case("hint-normalized", features.hint_loss, shapes=(SHAPES[0], *SHAPES[2:]), normalize=True, reduction="batchmean"),
-        _case("attention_transfer", features.attention_transfer_loss, eager_attention, bench=BENCH, bench_gpu=BENCH_GPU),
-        _case("attention_transfer-channels-last", features.attention_transfer_loss, make=make_channels_last),
-        _case("attention_transfer-p1", features.attention_transfer_loss, make=make_wider_teacher, p=1.0, distance="norm"),
-        _case("attention_transfer-p3", features.attention_transfer_loss, p=3.0, signed=True),
-        _case("attention_transfer-p4", features.attention_transfer_loss, shapes=TOKENS, p=4.0, dim=-1, channels="sum",
+        _case("attention_transfer", attention.attention_transfer_loss, eager_attention, bench=BENCH, bench_gpu=BENCH_GPU),
+        _case("attention_transfer-channels-last", attention.attention_transfer_loss, make=make_channels_last),
+        _case("attention_transfer-p1", attention.attention_transfer_loss, make=make_wider_teacher, p=1.0, distance="norm"),
+        _case("attention_transfer-p3", attention.attention_transfer_loss, p=3.0, signed=True),
+        _case("attention_transfer-p4", attention.attention_transfer_loss, shapes=TOKENS, p=4.0, dim=-1, channels="sum",
               eps=1e-6, add_eps=True),
-        _case("attention_transfer-p1.5", features.attention_transfer_loss, p=1.5),
-        _case("channel_attention_transfer", features.channel_attention_transfer_loss, eager_channel_attention,
+        _case("attention_transfer-p1.5", attention.attention_transfer_loss, p=1.5),
+        _case("channel_attention_transfer", attention.channel_attention_transfer_loss, eager_channel_attention,
               bench=BENCH_MAPS, bench_gpu=BENCH_MAPS),
         _case("fgd", detection.fgd_loss, eager_fgd, make_boxes, MAPS, FPN, FPN, STUDENT),
         _case("fgd-image-size", detection.fgd_loss, None, make_boxes, MAPS[:2], grads=STUDENT, image_size=(9, 11),
