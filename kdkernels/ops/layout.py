@@ -98,6 +98,11 @@ def rows(dim: int, *tensors: torch.Tensor | None) -> list[View | None]:
     return views(splits(dim, *tensors), *tensors)
 
 
+def side_by_side(x: torch.Tensor) -> torch.Tensor:
+    """Rows (N, D) with their features side by side; the rows themselves may lie anywhere."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
 def flat(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     """One value a row, or a class, as kernels walk it: without strides, and without a gradient."""
     if x is None or (x.dim() == 1 and x.dtype == dtype and x.is_contiguous() and not x.requires_grad):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from kdkernels.ops.layout import side_by_side
 from kdkernels.ops.library import define, first_order, save
 from kdkernels.ops.pairwise_distance import native
 
@@ -22,17 +23,12 @@ def run(entry: str, backend: str, *args: Any) -> None:
         getattr(native, entry)(backend, *args)
 
 
-def rows(x: torch.Tensor) -> torch.Tensor:
-    """x with its features side by side; rows may lie anywhere."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
 def _forward(x: torch.Tensor, split: bool, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     n = x.shape[0]
     hi = torch.empty(n, n, dtype=torch.float32, device=x.device)
     lo = hi.new_empty((n, n) if split else 0)
     if n:
-        run("forward", backend, rows(x), hi, lo if split else None)
+        run("forward", backend, side_by_side(x), hi, lo if split else None)
     return hi, lo
 
 
@@ -45,7 +41,7 @@ def _forward_fake(x, split, backend):
 def _backward(x: torch.Tensor, weights: torch.Tensor, backend: str) -> torch.Tensor:
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.shape[0]:
-        run("backward", backend, rows(x), weights.contiguous(), dx)
+        run("backward", backend, side_by_side(x), weights.contiguous(), dx)
     return dx
 
 

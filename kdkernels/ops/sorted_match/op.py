@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from kdkernels import backends
+from kdkernels.ops.layout import side_by_side
 from kdkernels.ops.library import define, first_order, learns, save
 from kdkernels.ops.scalars import Number, pack
 
@@ -39,7 +40,7 @@ def _forward(
     if backend == "cpu":
         if losses.numel():
             backends.library("cpu").call(
-                "sorted_match_forward", _rows(student), _rows(teacher), scalars, losses, signs_s if want_student else None,
+                "sorted_match_forward", side_by_side(student), side_by_side(teacher), scalars, losses, signs_s if want_student else None,
                 signs_t if want_teacher else None, torch.get_num_threads(),
             )  # fmt: skip
         return losses, signs_s, signs_t
@@ -61,11 +62,6 @@ def _forward(
     return losses, signs_s, signs_t
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """Rows whose classes lie side by side."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _forward_fake(student, teacher, scalars, want_student, want_teacher, backend):
     return (
         torch.empty(student.shape[0], dtype=torch.float32, device=student.device),
@@ -81,7 +77,7 @@ def _backward(
     if backend == "cpu":
         if dx.numel():
             backends.library("cpu").call(
-                "sorted_match_backward", _rows(x), signs, scalars, upstream.contiguous(), dx, side, torch.get_num_threads(),
+                "sorted_match_backward", side_by_side(x), signs, scalars, upstream.contiguous(), dx, side, torch.get_num_threads(),
             )  # fmt: skip
         return dx
     t = scalars.to(x.device)[side]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from kdkernels.ops.layout import side_by_side
 from kdkernels.ops.library import define, learns
 from kdkernels.ops.pairwise_distance import op as pairwise
 from kdkernels.ops.scalars import Number, pack
@@ -35,7 +36,7 @@ def _relations(
         return loss.zero_(), grads
     run = native.relations if backend == "cpu" else stages.relations
     run(
-        backend, pairwise.rows(student), pairwise.rows(teacher), mask, scalars, loss.view(1),
+        backend, side_by_side(student), side_by_side(teacher), mask, scalars, loss.view(1),
         grads[0] if want_student else None, grads[-1] if want_teacher else None,
         distance, squared, normalize, reduction, angle,
     )  # fmt: skip

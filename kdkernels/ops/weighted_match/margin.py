@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kdkernels.native import View
+from kdkernels.ops.layout import side_by_side
 from kdkernels.ops.library import define, first_order, learns, save
 from kdkernels.ops.scalars import pack
 from kdkernels.ops.weighted_match.sums import kernels
@@ -16,8 +17,7 @@ def _margin_rows(
 ) -> torch.Tensor:  # fmt: skip
     out = _margin_fake(x, labels, scalars, upstream, hardest, ignore_index, backend)
     if x.numel():
-        rows, classes = x.shape
-        x = x if x.stride(1) == 1 or classes == 1 else x.contiguous()
+        (rows, classes), x = x.shape, side_by_side(x)
         map_of = View(x, (1, rows, classes), (0, x.stride(0), 1))
         made = (out, None) if upstream is None else (None, View(out, (1, rows, classes), (0, classes, 1)))
         kernels(backend)(backend, "margin_rows", map_of, labels, scalars, upstream, *made, hardest, ignore_index)
