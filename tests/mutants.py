@@ -99,7 +99,7 @@ MUTANTS = (
         "dist",
         ("cpu", "columns not weighted", "cpu.cpp", "a[v] += w * (ps[v] - shift_s_[v]);", "a[v] += ps[v] - shift_s_[v];", "dist_loss-weight"),
         ("cpu", "a clamped norm without its derivative", "math.h", "return {rho, a, rho / (cx * nx), rho / (cy * ny)};", "return {rho, a, rho / (cx * cx), rho / (cy * cy)};", "test_dist.py::test_clamp_is_torchs"),
-        ("triton", "columns' means of both models exchanged", "triton.py", "delta_t = _shares(scratch, 1,", "delta_t = _shares(scratch, 0,", "dist_loss-columns"),
+        ("triton", "columns' means of both models exchanged", "triton_kernels.py", "delta_t = _shares(scratch, 1,", "delta_t = _shares(scratch, 0,", "dist_loss-columns"),
         ("cuda_on_cpu", "the softmax's own slope forgotten", "cuda.cu", "g = {q.s * (dot.s - g.s) / temperature", "g = {q.s * -g.s / temperature", "dist_loss"),
         ("cuda_on_cpu", "one share of the rows only", "cuda.cu", "for (int k = 1; k < kSlices; ++k)", "for (int k = 2; k < kSlices; ++k)", "dist_loss-columns"),
     ),
