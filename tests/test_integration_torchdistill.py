@@ -206,7 +206,8 @@ def installed():
 
 
 def test_register_says_what_it_needs(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchdistill", None)
+    for name in ("torchdistill", "torchdistill.losses"):  # the latter may have been imported already
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match="pip install torchdistill torchvision"):
         td.register()
     with pytest.raises(ValueError, match="unknown loss 'NoSuchLoss'"):

@@ -70,7 +70,9 @@ def register(names: Iterable[str] | None = None) -> None:
 
 
 class _OfModules(nn.Module):
-    """A loss of what one module of the student and one of the teacher took or gave."""
+    """A loss of what one module of the student and one of the teacher took or gave: their `of`."""
+
+    of: Callable[..., torch.Tensor]
 
     def __init__(
         self, student_module_path: str, student_module_io: str, teacher_module_path: str, teacher_module_io: str
@@ -85,22 +87,21 @@ class _OfModules(nn.Module):
             teacher_io_dict[self.teacher_module_path][self.teacher_module_io],
         )
 
+    def forward(self, student_io_dict: IO, teacher_io_dict: IO, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.of(*self.both(student_io_dict, teacher_io_dict))
 
-class _OfOutputs(nn.Module):
+
+class _OfOutputs(_OfModules):
     """A loss of what one module of the student and one of the teacher gave."""
 
     def __init__(self, student_path: str, teacher_path: str):
-        super().__init__()
-        self.student_path, self.teacher_path = student_path, teacher_path
-
-    def both(self, student_io_dict: IO, teacher_io_dict: IO) -> tuple[torch.Tensor, torch.Tensor]:
-        return student_io_dict[self.student_path]["output"], teacher_io_dict[self.teacher_path]["output"]
+        super().__init__(student_path, "output", teacher_path, "output")
 
 
 class _OfPairs(nn.Module):
-    """A weighted sum over pairs of a student's and a teacher's maps: of_pair's of those that the YAML names."""
+    """A weighted sum over pairs of a student's and a teacher's maps: the `of` of those that the YAML names."""
 
-    of_pair: Callable[..., torch.Tensor]
+    of: Callable[..., torch.Tensor]
 
     def __init__(self, pairs: Pairs):
         super().__init__()
@@ -114,7 +115,7 @@ class _OfPairs(nn.Module):
                 for name, config in pair.items()
                 if isinstance(config, Mapping)
             }
-            terms.append(pair.get("weight", 1) * self.of_pair(**chosen))
+            terms.append(pair.get("weight", 1) * self.of(**chosen))
         return torch.stack(terms).sum()
 
 
@@ -207,7 +208,7 @@ class FSPLoss(_OfPairs):
     def __init__(self, fsp_pairs: Pairs, **kwargs: Any):
         super().__init__(fsp_pairs)
 
-    def of_pair(self, **maps: Any) -> torch.Tensor:
+    def of(self, **maps: Any) -> torch.Tensor:
         return kdkernels.fsp_loss(**maps, pool="max", distance="norm")
 
 
@@ -224,7 +225,7 @@ class ATLoss(_OfPairs):
         checks.choice("mode", mode, ("code", "paper"))
         self.mode = mode
 
-    def of_pair(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    def of(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         if self.mode == "code":
             return kdkernels.attention_transfer_loss(student, teacher, pool=False)
         return kdkernels.attention_transfer_loss(student, teacher, channels="sum", distance="norm", pool=False)
@@ -240,7 +241,7 @@ class ChSimLoss(_OfPairs):
     def __init__(self, feature_pairs: Pairs, **kwargs: Any):
         super().__init__(feature_pairs)
 
-    def of_pair(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    def of(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         return kdkernels.ickd_loss(student, teacher)
 
 
@@ -254,7 +255,7 @@ class VIDLoss(_OfPairs):
     def __init__(self, feature_pairs: Pairs, **kwargs: Any):
         super().__init__(feature_pairs)
 
-    def of_pair(self, student: tuple[torch.Tensor, torch.Tensor], teacher: torch.Tensor) -> torch.Tensor:
+    def of(self, student: tuple[torch.Tensor, torch.Tensor], teacher: torch.Tensor) -> torch.Tensor:
         mean, variance = student[0], student[1].flatten()
         # Our loss takes what softplus makes the variance of.
         raw = variance + torch.log(-torch.expm1(-variance))
@@ -279,8 +280,8 @@ class PKTLoss(_OfModules):
         super().__init__(student_module_path, student_module_io, teacher_module_path, teacher_module_io)
         self.eps = eps
 
-    def forward(self, student_io_dict: IO, teacher_io_dict: IO, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return kdkernels.pkt_loss(*self.both(student_io_dict, teacher_io_dict), eps=self.eps)
+    def of(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return kdkernels.pkt_loss(student, teacher, eps=self.eps)
 
 
 class RKDLoss(_OfOutputs):
@@ -304,8 +305,7 @@ class RKDLoss(_OfOutputs):
         checks.choice("reduction", reduction, ("mean", "sum"))
         self.dist_factor, self.angle_factor, self.reduction = dist_factor or 0.0, angle_factor or 0.0, reduction
 
-    def forward(self, student_io_dict: IO, teacher_io_dict: IO, *args: Any, **kwargs: Any) -> torch.Tensor:
-        student, teacher = self.both(student_io_dict, teacher_io_dict)
+    def of(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         teacher, reduction = teacher.detach(), self.reduction
         if not self.angle_factor:
             return self.dist_factor * kdkernels.rkd_distance_loss(student, teacher, reduction=reduction)
@@ -327,11 +327,9 @@ class SPKDLoss(_OfOutputs):
         super().__init__(student_output_path, teacher_output_path)
         self.reduction = reduction
 
-    def forward(self, student_io_dict: IO, teacher_io_dict: IO, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def of(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         reduction = "mean" if self.reduction == "batchmean" else "sum"
-        return kdkernels.similarity_preserving_loss(
-            *self.both(student_io_dict, teacher_io_dict), norm="l1", reduction=reduction
-        )
+        return kdkernels.similarity_preserving_loss(student, teacher, norm="l1", reduction=reduction)
 
 
 class CCKDLoss(_OfOutputs):
@@ -357,9 +355,9 @@ class CCKDLoss(_OfOutputs):
         if kernel_config["type"] == "gaussian":
             self.options.update(gamma=kernel_config["gamma"], order=kernel_config["max_p"])
 
-    def forward(self, student_io_dict: IO, teacher_io_dict: IO, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def of(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         return kdkernels.correlation_congruence_loss(
-            *self.both(student_io_dict, teacher_io_dict), **self.options, normalize=False, distance="frobenius",
+            student, teacher, **self.options, normalize=False, distance="frobenius",
             reduction="mean" if self.reduction == "batchmean" else "sum",
         )  # fmt: skip
 
@@ -431,9 +429,9 @@ class HierarchicalContextLoss(_OfModules):
         checks.choice("reduction", reduction, ("mean",))
         self.output_sizes = [4, 2, 1] if output_sizes is None else output_sizes
 
-    def forward(self, student_io_dict: IO, teacher_io_dict: IO, *args: Any, **kwargs: Any) -> torch.Tensor:
-        (student, _), teacher = self.both(student_io_dict, teacher_io_dict)
-        return kdkernels.hierarchical_context_loss(student, teacher, levels=self.output_sizes)
+    def of(self, student: tuple[torch.Tensor, Any], teacher: torch.Tensor) -> torch.Tensor:
+        features, _ = student
+        return kdkernels.hierarchical_context_loss(features, teacher, levels=self.output_sizes)
 
 
 class DISTLoss(_OfModules):
@@ -460,10 +458,10 @@ class DISTLoss(_OfModules):
         super().__init__(student_module_path, student_module_io, teacher_module_path, teacher_module_io)
         self.beta, self.gamma, self.tau, self.eps = beta, gamma, tau, eps
 
-    def forward(self, student_io_dict: IO, teacher_io_dict: IO, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def of(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         return kdkernels.dist_loss(
-            *self.both(student_io_dict, teacher_io_dict), temperature=self.tau, beta=self.beta, gamma=self.gamma,
-            eps=self.eps, scale_by_t2=True, clamp_norms=True, dim=1,
+            student, teacher, temperature=self.tau, beta=self.beta, gamma=self.gamma, eps=self.eps, scale_by_t2=True,
+            clamp_norms=True, dim=1,
         )  # fmt: skip
 
 
