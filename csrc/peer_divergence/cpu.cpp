@@ -177,11 +177,6 @@ class RowKernel {
   float *buffer_, *target_, *total_, *middle_log_, *least_log_, *entropy_, *e_, *log_p_, *top_;
 };
 
-Scratch& thread_scratch() {
-  static thread_local Scratch scratch;
-  return scratch;
-}
-
 int64_t offset(const int64_t* stride, int64_t r, int64_t inner) {
   return r / inner * stride[0] + r % inner * stride[2];
 }
@@ -192,7 +187,8 @@ void for_rows(const Job& job) {
                                                       [](auto& l) { return l.contiguous(); });
   if (contiguous) {
     parallel_for(job.rows, work, job.threads, [&](int64_t begin, int64_t end) {
-      RowKernel kernel(job, thread_scratch().floats(RowKernel::memory(learners, classes)));
+      Scratch scratch;
+      RowKernel kernel(job, scratch.floats(RowKernel::memory(learners, classes)));
       std::vector<Place> rows(learners);
       for (int64_t r = begin; r < end; ++r) {
         for (int64_t i = 0; i < learners; ++i) {
@@ -210,8 +206,8 @@ void for_rows(const Job& job) {
   const int64_t groups = (job.rows + kColumnLanes - 1) / kColumnLanes;
   parallel_for(groups, work, job.threads, [&](int64_t begin, int64_t end) {
     const int64_t block = kColumnLanes * classes;
-    float* copies =
-        thread_scratch().floats(padded(learners * block) + RowKernel::memory(learners, classes));
+    Scratch scratch;
+    float* copies = scratch.floats(padded(learners * block) + RowKernel::memory(learners, classes));
     RowKernel kernel(job, copies + padded(learners * block));
     std::vector<Place> rows(learners);
     int64_t at[kColumnLanes];

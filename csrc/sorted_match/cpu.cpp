@@ -13,11 +13,6 @@
 namespace KDK_NAMESPACE {
 namespace {
 
-Scratch& thread_scratch() {
-  static thread_local Scratch scratch;
-  return scratch;
-}
-
 // A score as a number that falls as the score rises; NaN, as in torch, counts as the largest.
 uint32_t key_of(float x) {
   uint32_t bits;
@@ -135,7 +130,8 @@ void sorted_match_forward(Tensor s, Tensor t, Tensor scalars, Tensor losses, Ten
   const float* temperatures = scalars.as<float>();
   // A class is read some sixteen times.
   parallel_for(rows, 16 * rows * (of_s + of_t), threads, [&](int64_t begin, int64_t end) {
-    float* const memory = thread_scratch().floats(Room::floats(of_s) + Room::floats(of_t));
+    Scratch scratch;
+    float* const memory = scratch.floats(Room::floats(of_s) + Room::floats(of_t));
     const Room x(memory, of_s), y(memory + Room::floats(of_s), of_t);
     for (int64_t r = begin; r < end; ++r) {
       const uint64_t* by_s = sort_row(s, r, temperatures[0], static_cast<bool>(signs_s), x);
@@ -166,7 +162,8 @@ void sorted_match_backward(Tensor x, Tensor signs, Tensor scalars, Tensor upstre
   const int64_t rows = x.shape[0], n = x.shape[1];
   const float t = scalars.as<float>()[side];
   parallel_for(rows, 4 * rows * n, threads, [&](int64_t begin, int64_t end) {
-    float* const p = thread_scratch().floats(2 * padded(n));
+    Scratch scratch;
+    float* const p = scratch.floats(2 * padded(n));
     float* const out = p + padded(n);
     for (int64_t r = begin; r < end; ++r) {
       const float u = upstream.as<float>()[r] / t;
