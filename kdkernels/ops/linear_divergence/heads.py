@@ -122,13 +122,10 @@ class Side:
         if self.d_weight is not None:
             self.products.by_weight(rows, operand, factor, self.d_weight)
 
-    def gradients(self) -> tuple[torch.Tensor, ...]:
-        head = self.head
+    def gradients(self) -> list[torch.Tensor]:
+        """Those that are wanted, in the order of the head's tensors."""
         found = (self.d_hidden, self.d_weight, self.d_bias, self.d_own)
-        return tuple(
-            head.hidden.new_empty(0) if d is None or x is None else d.to(stored(x.dtype))
-            for d, x in zip(found, head[:4], strict=True)
-        )
+        return [d.to(stored(x.dtype)) for d, x in zip(found, self.head[:4]) if d is not None and x is not None]
 
 
 def stored(dtype: torch.dtype) -> torch.dtype:

@@ -9,7 +9,7 @@ import torch
 from kdkernels import backends
 from kdkernels.native import View
 from kdkernels.ops import layout
-from kdkernels.ops.library import define, first_order, save
+from kdkernels.ops.library import define, first_order, learns, save
 from kdkernels.ops.linear_divergence import reference
 from kdkernels.ops.linear_divergence.heads import (
     Head,
@@ -17,7 +17,6 @@ from kdkernels.ops.linear_divergence.heads import (
     chunk_rows,
     pack_transforms,
     stored,
-    times_upstream,
     unpack_transforms,
     view,
 )
@@ -25,8 +24,10 @@ from kdkernels.ops.row_divergence.kinds import STATS, Inputs, Kind
 from kdkernels.ops.row_divergence.op import kernels
 from kdkernels.ops.row_divergence.plan import COUNT_CE, COUNT_KD, given_divisors, terms
 from kdkernels.ops.scalars import Number
+from kdkernels.ops.scale.op import learners, with_gradients
 
 LINE = 16  # float32 numbers of a cache line
+Outputs = tuple[torch.Tensor, list[torch.Tensor]]
 _NOBODY: Any = Head(None, None)  # type: ignore[arg-type]
 
 
@@ -52,7 +53,7 @@ def _forward(
     chunk_bytes: int,
     wants: list[bool],
     backend: str,
-) -> tuple[torch.Tensor, ...]:
+) -> Outputs:
     rows, classes = student.shape[0], student_weight.shape[0] + (student_own is not None)
     device = student.device
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
@@ -94,8 +95,7 @@ def _forward(
             if t is not None and dt is not None:
                 t.accumulate(part, dt, y)
         del z_s, z_t, d_s, d_t  # before the gradients are cast
-        nothing = tuple(student.new_empty(0) for _ in range(4))
-        return losses, *s.gradients(), *(nothing if t is None else t.gradients())
+        return losses, s.gradients() + (t.gradients() if t is not None else [])
 
 
 def buffers(wants: list[bool], kind: int) -> int:
@@ -112,12 +112,8 @@ def _forward_fake(student, student_weight, student_bias, student_own, teacher, t
                   labels, weight, class_weight, scalars, head_scalars, divisors, kind, hard, transforms, ignore_index,
                   chunk_bytes, wants, backend):  # fmt: skip
     inputs = (student, student_weight, student_bias, student_own, teacher, teacher_weight, teacher_bias, teacher_own)
-    hidden = (student,) * 4 + (student if teacher is None else teacher,) * 4
-    grads = (
-        x.new_empty(x.shape, dtype=stored(x.dtype)) if want and x is not None else like.new_empty(0)
-        for x, like, want in zip(inputs, hidden, wants, strict=True)
-    )
-    return torch.empty(student.shape[0], dtype=torch.float32, device=student.device), *grads
+    losses = torch.empty(student.shape[0], dtype=torch.float32, device=student.device)
+    return losses, [x.new_empty(x.shape, dtype=stored(x.dtype)) for x, want in zip(inputs, wants, strict=True) if want]
 
 
 forward_op = define(
@@ -125,69 +121,35 @@ forward_op = define(
     "Tensor? teacher, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? teacher_own, Tensor? labels, Tensor? weight, "
     "Tensor? class_weight, Tensor scalars, Tensor head_scalars, Tensor? divisors, int kind, bool hard, int transforms, "
     "int ignore_index, int chunk_bytes, bool[] wants, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor[])",
     _forward,
     _forward_fake,
 )
 
 
-class LinearDivergence(torch.autograd.Function):
-    """Loss and gradients in one pass over the tokens; where every row has its own upstream gradient, one more.
-
-    Nothing is recomputed for float16: hidden states and weights are small beside logits, so that their gradients can
-    wait in float32 until the backward knows the scale.
-    """
+class LateLinearDivergence(torch.autograd.Function):
+    """Where every row has its own upstream gradient: the gradients once these are known, as every term is linear in them."""
 
     @staticmethod
-    def forward(ctx, student, student_weight, student_bias, student_own, teacher, teacher_weight, teacher_bias, teacher_own,
-                labels, weight, class_weight, scalars, head_scalars, divisors, options):  # fmt: skip
-        kind, hard, transforms, ignore_index, chunk_bytes, per_row, backend = options
-        inputs = (
-            student,
-            student_weight,
-            student_bias,
-            student_own,
-            teacher,
-            teacher_weight,
-            teacher_bias,
-            teacher_own,
-        )
-        wants = list(ctx.needs_input_grad[:8])
-        ctx.stored = not per_row
-        losses, *grads = forward_op(
-            *inputs, labels, weight, class_weight, scalars, head_scalars, divisors, kind, hard, transforms, ignore_index,
-            chunk_bytes, wants if ctx.stored else [False] * 8, backend,
-        )  # fmt: skip
-        ctx.backend, ctx.options = backend, options
-        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
-        output = losses if per_row else losses.double().sum().float()
-        if ctx.stored:
-            ctx.save_for_backward(output, *(g for g, want in zip(grads, wants, strict=True) if want))
-        else:
-            save(ctx, output, *inputs, labels, weight, class_weight, scalars, head_scalars)
-        return output
+    def forward(ctx, options, *tensors):
+        losses, _ = forward_op(*tensors, *options[:-1], [False] * 8, options[-1])
+        save(ctx, losses, *tensors[:-1])  # the divisors are none of each row's
+        ctx.options = options
+        return losses
 
     @staticmethod
     def backward(ctx, upstream):
-        wants = list(ctx.needs_input_grad[:8])
-        if ctx.stored:
-            output, *grads = ctx.saved_tensors
-            dtypes = [d for d, want in zip(ctx.dtypes, wants, strict=True) if want]
-            found = times_upstream(grads, dtypes, upstream, ctx.backend)
-        else:
-            kind, hard, transforms, ignore_index, chunk_bytes, _, backend = ctx.options
-            output, *inputs, labels, weight, class_weight, scalars, head_scalars = ctx.saved_tensors
-            with torch.no_grad():
-                # Every term is linear in its row's weight.
-                rows = upstream.float().contiguous()
-                _, *grads = forward_op(
-                    *inputs, labels, rows if weight is None else rows * weight, class_weight, scalars, head_scalars,
-                    None, kind, hard, transforms, ignore_index, chunk_bytes, wants, backend,
-                )  # fmt: skip
-                found = [g.to(d) for g, d, want in zip(grads, ctx.dtypes, wants, strict=True) if want]
-        each = iter(found)
-        grads = first_order("linear_divergence", output, tuple(next(each) if want else None for want in wants))
-        return (*grads, *(None,) * 7)
+        *how, backend = ctx.options
+        losses, *inputs, labels, weight, class_weight, scalars, head_scalars = ctx.saved_tensors
+        wants = list(ctx.needs_input_grad[1:9])
+        with torch.no_grad():
+            rows = upstream.float().contiguous()
+            _, made = forward_op(
+                *inputs, labels, rows if weight is None else rows * weight, class_weight, scalars, head_scalars, None,
+                *how, wants, backend,
+            )  # fmt: skip
+        grads = iter(first_order("linear_divergence", losses, made))
+        return (None, *(next(grads) if want else None for want in wants), *(None,) * 6)
 
 
 def linear_divergence(
@@ -234,8 +196,6 @@ def linear_divergence(
             weight=weight, class_weight=class_weight, label_smoothing=label_smoothing, ignore_index=ignore_index,
             num_items=num_items, p0=p0, p1=p1,
         )  # fmt: skip
-    if not torch.is_grad_enabled():  # an autograd.Function is not told
-        sides = tuple(Head(*(None if x is None else x.detach() for x in head[:4]), *head[4:]) for head in sides)
     student, other = sides
     leading = student.hidden.shape[:-1]
     # The logits' shape, in the memory of one element.
@@ -261,13 +221,19 @@ def linear_divergence(
         kept = mask.nonzero().squeeze(-1)
         flat = [None if x is None else x.index_select(0, kept) for x in flat]
         labels, weight = (None if x is None else x.index_select(0, kept) for x in (labels, weight))
-    losses = LinearDivergence.apply(
-        flat[0], student.weight, student.bias, flat[1], flat[2], other.weight, other.bias, flat[3],
-        labels, weight, class_weight, scalars, head_scalars, divisors,
-        (int(kind), hard, transforms, ignore_index, chunk_bytes, reduction == "none", backend),
-    )  # fmt: skip
+    inputs = (flat[0], student.weight, student.bias, flat[1], flat[2], other.weight, other.bias, flat[3])
+    tensors = *inputs, labels, weight, class_weight, scalars, head_scalars, divisors
+    options = int(kind), hard, transforms, ignore_index, chunk_bytes
+    wants = [learns(x) for x in inputs]
+    if reduction == "none" and any(wants):
+        losses = LateLinearDivergence.apply((*options, backend), *tensors)
+    else:
+        losses, grads = forward_op(*tensors, *options, wants, backend)
     if reduction != "none":
-        return losses
+        total = losses.double().sum().float()
+        if not grads:
+            return total
+        return with_gradients("linear_divergence", backend, total, grads, learners(inputs, wants))
     if kept is not None:
         losses = losses.new_zeros(leading.numel()).index_copy(0, kept, losses)
     return losses.view(leading)

@@ -52,7 +52,7 @@ def _forward(
     chunk_bytes: int,
     wants: list[bool],
     backend: str,
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     treatment = Treatment(missing, Kind(kind), min_log_prob)
     rows, classes = hidden.shape[0], weight.shape[0]
     device = hidden.device
@@ -88,22 +88,21 @@ def _forward(
                 )  # fmt: skip
                 side.accumulate(part, ds, x)
         del z, d_z
-        return losses, *side.gradients()[:3], hidden.new_empty(0) if d_teacher is None else d_teacher
+        return losses, side.gradients() + ([] if d_teacher is None else [d_teacher])
 
 
 def _forward_fake(hidden, weight, bias, teacher, indices, factor, scalars, head_scalars, missing, kind, min_log_prob,
                   transforms, chunk_bytes, wants, backend):  # fmt: skip
-    grads = (
-        x.new_empty(x.shape, dtype=stored(x.dtype)) if want and x is not None else hidden.new_empty(0)
-        for x, want in zip((hidden, weight, bias, teacher), wants, strict=True)
-    )
-    return torch.empty_like(factor), *grads
+    inputs = (hidden, weight, bias, teacher)
+    return torch.empty_like(factor), [
+        x.new_empty(x.shape, dtype=stored(x.dtype)) for x, want in zip(inputs, wants, strict=True) if want
+    ]
 
 
 forward_op = define(
     "linear_sparse(Tensor hidden, Tensor weight, Tensor? bias, Tensor teacher, Tensor indices, Tensor factor, "
     "Tensor scalars, Tensor head_scalars, str missing, int kind, float? min_log_prob, int transforms, int chunk_bytes, "
-    "bool[] wants, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool[] wants, str backend) -> (Tensor, Tensor[])",
     _forward,
     _forward_fake,
 )
@@ -118,14 +117,14 @@ class LinearSparse(torch.autograd.Function):
         inputs = (hidden, weight, bias, teacher)
         wants = list(ctx.needs_input_grad[:4])
         ctx.stored = not per_row
-        losses, *grads = forward_op(
+        losses, grads = forward_op(
             *inputs, indices, factor, scalars, head_scalars, *how, wants if ctx.stored else [False] * 4, backend
         )
         ctx.options = options
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         output = losses if per_row else losses.sum()
         if ctx.stored:
-            ctx.save_for_backward(output, *(g for g, want in zip(grads, wants, strict=True) if want))
+            ctx.save_for_backward(output, *grads)
         else:
             save(ctx, output, *inputs, indices, factor, scalars, head_scalars)
         return output
@@ -142,8 +141,8 @@ class LinearSparse(torch.autograd.Function):
             output, *inputs, indices, factor, scalars, head_scalars = ctx.saved_tensors
             with torch.no_grad():
                 of_rows = (factor * upstream).where(factor != 0, 0.0)
-                _, *grads = forward_op(*inputs, indices, of_rows, scalars, head_scalars, *how, wants, backend)
-                found = [g.to(d) for g, d in zip((g for g, want in zip(grads, wants) if want), dtypes, strict=True)]
+                _, grads = forward_op(*inputs, indices, of_rows, scalars, head_scalars, *how, wants, backend)
+                found = [g.to(d) for g, d in zip(grads, dtypes, strict=True)]
         each = iter(found)
         grads = first_order("linear_topk_div", output, tuple(next(each) if want else None for want in wants))
         return (*grads, *(None,) * 5)

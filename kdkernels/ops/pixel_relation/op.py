@@ -79,15 +79,16 @@ def _cross_image(
     chunk_bytes = max(CHUNK_BYTES, LEAST_ROWS * buffers(wants, Kind.FORWARD_KL) * FLOAT * student.shape[1])
     with full_float32():
         for j in range(student.shape[0]):
-            losses, s_all, s_one, _, _, t_all, t_one, _, _ = linear_divergence(
+            losses, made = linear_divergence(
                 s, student[j], None, None, t, teacher[j], None, None, None, None, None, scalars, no_head_scalars, None,
                 Kind.FORWARD_KL.value, False, 0, -100, chunk_bytes, wants, backend,
             )  # fmt: skip
             total += losses.sum(dtype=torch.float64)
-            for d, of_all, of_one in ((ds, s_all, s_one), (dt, t_all, t_one)):
-                if d.numel():
-                    d.view(-1, d.shape[2]).add_(of_all)
-                    d[j].add_(of_one)
+            each = iter(made)
+            for d, want in ((ds, want_student), (dt, want_teacher)):
+                if want:
+                    d.view(-1, d.shape[2]).add_(next(each))
+                    d[j].add_(next(each))
     return total.float(), ds, dt
 
 
