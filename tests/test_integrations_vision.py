@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 import types
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -182,6 +186,22 @@ def test_mdistiller_layers():
     same(md.similarity_loss, similarity, s[0], t[0])
     t = maps(seed=9)
     same(lambda *x: md.hcl_loss(x[:2], x[2:]), lambda *x: review(x[0], x[2]) + review(x[1], x[3]), *s, *t)
+
+
+def test_a_distiller_takes_ours_as_the_page_says(tmp_path, monkeypatch):
+    """A distiller's class hides the module of its name, as mdistiller/distillers/__init__.py has it."""
+    package = tmp_path / "mdistiller" / "distillers"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("from .DKD import DKD\n")
+    (package / "DKD.py").write_text("dkd_loss = None\n\nclass DKD:\n    loss = staticmethod(lambda: dkd_loss)\n")
+    page = Path(__file__).resolve().parents[1] / "docs/migrate/mdistiller.md"
+    code = page.read_text().split("```\n")[1]
+    monkeypatch.syspath_prepend(tmp_path)
+    with mock.patch.dict(sys.modules):
+        for name in [n for n in sys.modules if n.partition(".")[0] == "mdistiller"]:
+            del sys.modules[name]
+        exec(code, {})
+        assert importlib.import_module("mdistiller.distillers").DKD.loss() is md.dkd_loss
 
 
 def test_a_certain_teacher_of_two_classes_is_finite():

@@ -22,7 +22,6 @@ def on_config(config: Any) -> Any:
 
 def on_files(files: Any, config: Any) -> Any:
     made = reference.pages()
-    # CONTRIBUTING.md is the repository's; its one relative link has no place here.
     made["contributing.md"] = (reference.ROOT / "CONTRIBUTING.md").read_text()
     made["distributed.md"] = with_formulas((reference.ROOT / "kdkernels/distributed/README.md").read_text())
     made["changelog.md"] = (reference.ROOT / "CHANGELOG.md").read_text()

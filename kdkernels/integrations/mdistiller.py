@@ -1,9 +1,9 @@
 """mdistiller's loss functions, by our kernels: `from kdkernels.integrations.mdistiller import dkd_loss`.
 
 Names, arguments, results and gradients are those of mdistiller/distillers/*.py; a distiller there uses ours once its module
-holds it: `mdistiller.distillers.DKD.dkd_loss = dkd_loss`. What is deliberately not as there: a loss of half-precision tensors
-is float32; dkd_loss stays finite for two classes and for a certain teacher; samples that coincide get no gradient from each
-other in rkd_loss, nor do vectors of zeros.
+holds it: `importlib.import_module("mdistiller.distillers.DKD").dkd_loss = dkd_loss`. What is deliberately not as there: a loss of
+half-precision tensors is float32; dkd_loss stays finite for two classes and for a certain teacher; samples that coincide get no
+gradient from each other in rkd_loss, nor do vectors of zeros.
 """
 
 from __future__ import annotations
