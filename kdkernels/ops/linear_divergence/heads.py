@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +9,6 @@ import torch
 from kdkernels.native import View
 from kdkernels.ops.linear_divergence import gemm
 from kdkernels.ops.scalars import Number, pack
-from kdkernels.ops.scale.op import scaled
 
 FLOAT = 4  # bytes of a logit, whatever the inputs are
 # Bounds of the automatic budget for a chunk's logits of both models.
@@ -136,16 +134,3 @@ def stored(dtype: torch.dtype) -> torch.dtype:
 def view(x: torch.Tensor) -> View:
     """A chunk's logits as rows of the kernels."""
     return View(x, (*x.shape, 1), (*x.stride(), 1))
-
-
-def times_upstream(
-    grads: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype], upstream: torch.Tensor, backend: str
-) -> list[torch.Tensor]:
-    """Gradients that the forward made, by the upstream gradient: in place where they are in their dtype already."""
-    kept = [i for i, (g, d) in enumerate(zip(grads, dtypes, strict=True)) if g.dtype == d != torch.float64]
-    with torch.no_grad():
-        ready = dict(zip(kept, scaled(tuple(grads[i] for i in kept), upstream, backend)))
-        return [
-            ready[i] if i in ready else (g * upstream).to(dtype)
-            for i, (g, dtype) in enumerate(zip(grads, dtypes, strict=True))
-        ]

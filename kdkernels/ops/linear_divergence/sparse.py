@@ -16,7 +16,6 @@ from kdkernels.ops.linear_divergence.heads import (
     chunk_rows,
     pack_transforms,
     stored,
-    times_upstream,
     unpack_transforms,
     view,
 )
@@ -25,6 +24,7 @@ from kdkernels.ops.row_gather.op import forward_op as gather
 from kdkernels.ops.row_gather.op import kernels
 from kdkernels.ops.row_gather.support import Treatment
 from kdkernels.ops.scalars import Number, pack
+from kdkernels.ops.scale.op import scaled
 
 BUFFERS = 2  # tensors of a chunk's logits: themselves and their gradient
 
@@ -121,7 +121,6 @@ class LinearSparse(torch.autograd.Function):
             *inputs, indices, factor, scalars, head_scalars, *how, wants if ctx.stored else [False] * 4, backend
         )
         ctx.options = options
-        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         output = losses if per_row else losses.sum()
         if ctx.stored:
             ctx.save_for_backward(output, *grads)
@@ -133,19 +132,18 @@ class LinearSparse(torch.autograd.Function):
     def backward(ctx, upstream):
         wants = list(ctx.needs_input_grad[:4])
         *how, _, backend = ctx.options
-        dtypes = [d for d, want in zip(ctx.dtypes, wants, strict=True) if want]
-        if ctx.stored:
-            output, *grads = ctx.saved_tensors
-            found = times_upstream(grads, dtypes, upstream, backend)
-        else:
-            output, *inputs, indices, factor, scalars, head_scalars = ctx.saved_tensors
-            with torch.no_grad():
+        with torch.no_grad():
+            if ctx.stored:
+                output, *grads = ctx.saved_tensors
+                # The teacher's is float64, which the kernels do not scale.
+                scaled_ones = iter(scaled([g for g in grads if g.dtype != torch.float64], upstream, backend))
+                grads = [g * upstream if g.dtype == torch.float64 else next(scaled_ones) for g in grads]
+            else:
+                output, *inputs, indices, factor, scalars, head_scalars = ctx.saved_tensors
                 of_rows = (factor * upstream).where(factor != 0, 0.0)
                 _, grads = forward_op(*inputs, indices, of_rows, scalars, head_scalars, *how, wants, backend)
-                found = [g.to(d) for g, d in zip(grads, dtypes, strict=True)]
-        each = iter(found)
-        grads = first_order("linear_topk_div", output, tuple(next(each) if want else None for want in wants))
-        return (*grads, *(None,) * 5)
+        each = iter(first_order("linear_topk_div", output, grads))
+        return (*(next(each) if want else None for want in wants), *(None,) * 5)
 
 
 def linear_sparse(
