@@ -9,15 +9,16 @@
 #include <string>
 #include <vector>
 
+#include "common/convert.h"
 #include "common/parallel.h"
 #include "common/registry.h"
-#include "common/row.h"
 #include "common/softmax.h"
 #include "dist/math.h"
 
 namespace KDK_NAMESPACE {
 namespace {
 
+constexpr int64_t kTile = 1024;     // classes of a row
 constexpr int64_t kColumns = 128;   // classes of a column tile
 constexpr int64_t kBlockRows = 64;  // rows that are added up in float32
 constexpr int64_t kKeptFloats =
@@ -37,7 +38,7 @@ struct Job {
   const float *weight, *scalars;
   float *rows, *columns;  // statistics
   bool clamp;
-  int64_t ignore_index, classes, count, threads;
+  int64_t ignore_index, classes, inner, count, threads;
 
   RunningSoftmax softmax() const { return RunningSoftmax(1.0 / scalars[kT]); }
   Pair factor() const { return split_factor(softmax().c); }
@@ -49,6 +50,26 @@ struct Job {
   float* column(ColumnStat which) const { return columns + which * classes; }
 };
 
+int64_t offset(const Tensor& x, int64_t r, int64_t inner) {
+  return r / inner * x.stride[0] + r % inner * x.stride[2];
+}
+
+// n scores of row r from class `start`, padded with -inf to whole vectors.
+const float* scores(const Tensor& x, int64_t r, int64_t inner, int64_t start, int64_t n,
+                    float* buffer) {
+  const int64_t at = offset(x, r, inner) + start * x.stride[1];
+  if (x.stride[1] == 1) return load_tile(advance(x.data, x.dtype, at), x.dtype, n, buffer);
+  for (int64_t v = 0; v < n; ++v) buffer[v] = load_one(x.data, x.dtype, at + v * x.stride[1]);
+  for (int64_t v = n; v < padded(n); ++v) buffer[v] = -INFINITY;
+  return buffer;
+}
+
+// The tile that follows the one at `start`, in this row or the next.
+Ahead after(const Tensor& x, int64_t r, int64_t inner, int64_t start) {
+  if (x.stride[1] != 1 || !exceeds_caches(x)) return {};
+  return {advance(x.data, x.dtype, offset(x, r, inner) + start + kTile), x.dtype};
+}
+
 void probabilities(const float* x, int64_t n, float ref, Pair c, float inverse_z, float* p) {
 #pragma omp simd
   for (int64_t v = 0; v < n; ++v) {
@@ -57,27 +78,32 @@ void probabilities(const float* x, int64_t n, float ref, Pair c, float inverse_z
   }
 }
 
+Scratch& thread_scratch() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
 // ---- rows: log-sum-exp, and the moments around 1 / V, which is every row's mean ----
 
 struct Side {
   RunningSoftmax run;
   float *e, *top;
 
-  void fill(const Job& job, const Row& row, float* buffer) {
+  void fill(const Job& job, const Tensor& x, int64_t r, float* buffer) {
     run = job.softmax();
     for (int64_t k = 0, start = 0; start < job.classes; ++k, start += kTile) {
       const int64_t n = std::min(kTile, job.classes - start), m = padded(n);
-      const float* tile = row.read(start, n, buffer);
+      const float* tile = scores(x, r, job.inner, start, n, buffer);
       run.raise(largest_of(tile, m));
-      run.z += exponentials_of(tile, m, run, e + start, row.after(start));
+      run.z += exponentials_of(tile, m, run, e + start, after(x, r, job.inner, start));
       top[k] = run.top;
     }
   }
 };
 
 void row_moments(const Job& job, int64_t r, Side& s, Side& t, float* buffer) {
-  s.fill(job, Row(job.s, r), buffer);
-  t.fill(job, Row(job.t, r), buffer);
+  s.fill(job, job.s, r, buffer);
+  t.fill(job, job.t, r, buffer);
   const float mean = static_cast<float>(1.0 / static_cast<double>(job.classes));
   double st = 0.0, ss = 0.0, tt = 0.0;
   for (int64_t k = 0, start = 0; start < job.classes; ++k, start += kTile) {
@@ -107,8 +133,7 @@ void all_rows(const Job& job) {
   parallel_for(
       job.count, 2 * job.count * job.classes, job.threads, [&](int64_t begin, int64_t end) {
         const int64_t full = padded(job.classes), tiles = padded((job.classes + kTile - 1) / kTile);
-        Scratch scratch;
-        float* at = scratch.floats(kTile + 2 * (full + tiles));
+        float* at = thread_scratch().floats(kTile + 2 * (full + tiles));
         auto take = [&](int64_t n) { return at += n, at - n; };
         float* buffer = take(kTile);
         Side s{{}, take(full), take(tiles)}, t{{}, take(full), take(tiles)};
@@ -195,8 +220,10 @@ class ColumnTile {
   void load(int64_t r, float* ps, float* pt) {
     const float* row = job_.row(r);
     const Pair c = job_.factor();
-    probabilities(Row(job_.s, r).read(start_, n_, buffer_), m_, row[kRefS], c, row[kInverseS], ps);
-    probabilities(Row(job_.t, r).read(start_, n_, buffer_), m_, row[kRefT], c, row[kInverseT], pt);
+    probabilities(scores(job_.s, r, job_.inner, start_, n_, buffer_), m_, row[kRefS], c,
+                  row[kInverseS], ps);
+    probabilities(scores(job_.t, r, job_.inner, start_, n_, buffer_), m_, row[kRefT], c,
+                  row[kInverseT], pt);
   }
   // visit(r, w, acc) on the valid rows; `acc` is float32 and goes to `sums` every kBlockRows rows.
   template <int kCount, typename Visit>
@@ -228,8 +255,7 @@ double all_columns(const Job& job, int64_t first_valid, double total_weight) {
   if (chunks == 1) {
     parallel_for(tiles, work, job.threads, [&](int64_t begin, int64_t end) {
       const bool keep = 2 * job.count * kColumns <= kKeptFloats;
-      Scratch scratch;
-      float* kept = keep ? scratch.floats(2 * job.count * kColumns) : nullptr;
+      float* kept = keep ? thread_scratch().floats(2 * job.count * kColumns) : nullptr;
       for (int64_t k = begin; k < end; ++k) {
         double sums[3 * kColumns] = {}, moments[3 * kColumns] = {};
         ColumnTile tile(job, first_valid, k * kColumns);
@@ -303,6 +329,13 @@ float pull_tile(int64_t n, float row_factor, float column_factor, float mean, co
   return dot;
 }
 
+void store_row(const Tensor& d, int64_t r, int64_t inner, int64_t start, int64_t n,
+               const float* g) {
+  const int64_t at = offset(d, r, inner) + start * d.stride[1];
+  if (d.stride[1] == 1) return store_tile(advance(d.data, d.dtype, at), d.dtype, n, g);
+  for (int64_t v = 0; v < n; ++v) store_one(d.data, d.dtype, at + v * d.stride[1], g[v]);
+}
+
 void gradients(const Job& job, const float* sums, float upstream, const Tensor& ds,
                const Tensor& dt) {
   const float total_weight = sums[kTotalWeight], inverse_t = 1.f / job.scalars[kT];
@@ -310,32 +343,33 @@ void gradients(const Job& job, const float* sums, float upstream, const Tensor& 
   parallel_for(
       job.count, 3 * job.count * job.classes, job.threads, [&](int64_t begin, int64_t end) {
         const int64_t full = padded(job.classes);
-        Scratch scratch;
-        float* at = scratch.floats(3 * full + 2 * kTile);
+        float* at = thread_scratch().floats(3 * full + 2 * kTile);
         auto take = [&](int64_t n) { return at += n, at - n; };
         float *ps = take(full), *pt = take(full), *g = take(full), *buffer = take(kTile),
               *out = take(kTile);
         for (int64_t r = begin; r < end; ++r) {
           const float w = job.row_weight(r), *row = job.row(r);
           if (w == 0.f) {
-            if (ds) Row(ds, r).fill(0.f);
-            if (dt) Row(dt, r).fill(0.f);
+            std::fill(out, out + kTile, 0.f);
+            for (int64_t start = 0; start < job.classes; start += kTile)
+              for (const Tensor* d : {&ds, &dt})
+                if (*d)
+                  store_row(*d, r, job.inner, start, std::min(kTile, job.classes - start), out);
             continue;
           }
-          const Row s(job.s, r), t(job.t, r);
           for (int64_t start = 0; start < job.classes; start += kTile) {
             const int64_t n = std::min(kTile, job.classes - start), m = padded(n);
-            probabilities(s.read(start, n, buffer), m, row[kRefS], job.factor(), row[kInverseS],
-                          ps + start);
-            probabilities(t.read(start, n, buffer), m, row[kRefT], job.factor(), row[kInverseT],
-                          pt + start);
+            const float* s = scores(job.s, r, job.inner, start, n, buffer);
+            probabilities(s, m, row[kRefS], job.factor(), row[kInverseS], ps + start);
+            const float* t = scores(job.t, r, job.inner, start, n, buffer);
+            probabilities(t, m, row[kRefT], job.factor(), row[kInverseT], pt + start);
           }
           const float row_factor = upstream * job.scalars[kBeta] * w / total_weight;
           const float column_factor = sums[kValidRows] > 1.f ? upstream * job.scalars[kGamma] * w /
                                                                    static_cast<float>(job.classes)
                                                              : 0.f;
-          const auto side = [&](const Row& d, const float* px, const float* py, ColumnStat shift_x,
-                                ColumnStat shift_y, float b, ColumnStat col_b) {
+          const auto side = [&](const Tensor& d, const float* px, const float* py,
+                                ColumnStat shift_x, ColumnStat shift_y, float b, ColumnStat col_b) {
             double dot = 0.0;
             for (int64_t start = 0; start < job.classes; start += kTile) {
               const int64_t n = std::min(kTile, job.classes - start);
@@ -352,29 +386,31 @@ void gradients(const Job& job, const float* sums, float upstream, const Tensor& 
               const float *p = px + start, *from = g + start;
 #pragma omp simd
               for (int64_t v = 0; v < n; ++v) out[v] = inverse_t * p[v] * (centre - from[v]);
-              d.write(start, n, out);
+              store_row(d, r, job.inner, start, n, out);
             }
           };
-          if (ds) side(Row(ds, r), ps, pt, kShiftS, kShiftT, row[kRowBs], kColBs);
-          if (dt) side(Row(dt, r), pt, ps, kShiftT, kShiftS, row[kRowBt], kColBt);
+          if (ds) side(ds, ps, pt, kShiftS, kShiftT, row[kRowBs], kColBs);
+          if (dt) side(dt, pt, ps, kShiftT, kShiftS, row[kRowBt], kColBt);
         }
       });
 }
 
 Job make_job(Tensor student, Tensor teacher, Tensor labels, Tensor weight, Tensor scalars,
              Tensor rows, Tensor columns, bool clamp, int64_t ignore_index, int64_t threads) {
-  const Job job{student,
-                teacher,
-                labels.as<int64_t>(),
-                weight.as<float>(),
-                scalars.as<float>(),
-                rows.as<float>(),
-                columns.as<float>(),
-                clamp,
-                ignore_index,
-                student.shape[1],
-                student.shape[0] * student.shape[2],
-                threads};
+  Job job{student,
+          teacher,
+          labels.as<int64_t>(),
+          weight.as<float>(),
+          scalars.as<float>(),
+          rows.as<float>(),
+          columns.as<float>(),
+          clamp,
+          ignore_index,
+          student.shape[1],
+          student.shape[2],
+          0,
+          threads};
+  job.count = student.shape[0] * job.inner;
   for (int64_t r = 0; job.labels && r < job.count; ++r) {
     const int64_t y = job.labels[r];
     if (y != ignore_index && (y < 0 || y >= job.classes))

@@ -6,24 +6,56 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/convert.h"
 #include "common/parallel.h"
 #include "common/registry.h"
-#include "common/row.h"
 #include "common/softmax.h"
 #include "row_gather/math.h"
 
 namespace KDK_NAMESPACE {
 namespace {
 
-struct IndexedRow : Row {
+constexpr int64_t kTile = 1024;
+
+struct Row {
+  const void* x;
+  DType type;
+  int64_t stride, classes;
   const int64_t* index;  // ascending; -1 is no index
   int64_t k;
+  bool from_memory;  // side by side, and too many to be in a cache yet
 
-  IndexedRow(const Tensor& x, const Tensor& indices, int64_t r)
-      : Row(x, r), index(indices.as<int64_t>() + r * indices.shape[1]), k(indices.shape[1]) {}
-  bool in_range() const { return index[0] >= -1 && index[k - 1] < classes(); }
+  Row(const Tensor& t, const Tensor& indices, int64_t r)
+      : type(t.dtype),
+        stride(t.stride[1]),
+        classes(t.shape[1]),
+        k(indices.shape[1]),
+        from_memory(t.stride[1] == 1 && exceeds_caches(t)) {
+    const int64_t inner = t.shape[2];
+    x = advance(t.data, t.dtype, r / inner * t.stride[0] + r % inner * t.stride[2]);
+    index = indices.as<int64_t>() + r * k;
+  }
+  bool in_range() const { return index[0] >= -1 && index[k - 1] < classes; }
   int64_t first() const { return std::upper_bound(index, index + k, int64_t{-1}) - index; }
+  float at(int64_t v) const { return load_one(x, type, v * stride); }
+  // n scores from class `start`, padded with -inf to whole vectors: where they lie if they can stay
+  // there.
+  const float* tile(int64_t start, int64_t n, float* buffer) const {
+    if (stride == 1) return load_tile(advance(x, type, start), type, n, buffer);
+    for (int64_t v = 0; v < n; ++v) buffer[v] = at(start + v);
+    for (int64_t v = n; v < padded(n); ++v) buffer[v] = -INFINITY;
+    return buffer;
+  }
+  // The tile that follows the one at `start`, in this row or the next.
+  Ahead after(int64_t start) const {
+    return from_memory ? Ahead(advance(x, type, start + kTile), type) : Ahead();
+  }
 };
+
+Scratch& thread_scratch() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
 
 double sum_of_differences(const float* x, int64_t n, float base) {
   float sum = 0.f;
@@ -36,16 +68,16 @@ struct RowOutputs {
   float *gathered, *rest, *total, *stats;
 };
 
-void forward_row(const IndexedRow& row, float t, int outside, float* buffer, float* e,
+void forward_row(const Row& row, float t, int outside, float* buffer, float* e,
                  const RowOutputs& out) {
   const int64_t first = row.first(), k = row.k;
   RunningSoftmax run(1.0 / t);  // of all classes, or of those outside
   double sum = 0.0;
   float base = 0.f;
   int64_t unique = 0, j = first;
-  for (int64_t start = 0; start < row.classes(); start += kTile) {
-    const int64_t n = std::min(kTile, row.classes() - start), m = padded(n);
-    const float* x = row.read(start, n, buffer);
+  for (int64_t start = 0; start < row.classes; start += kTile) {
+    const int64_t n = std::min(kTile, row.classes - start), m = padded(n);
+    const float* x = row.tile(start, n, buffer);
     if (outside != kNoOutside) {
       if (outside == kRestAndTotal && start == 0) {
         base = largest_of(x, n);
@@ -85,7 +117,7 @@ void forward_row(const IndexedRow& row, float t, int outside, float* buffer, flo
   for (int64_t i = first; i < k; ++i)
     out.gathered[i] =
         static_cast<float>((static_cast<double>(row.at(row.index[i])) - ref) * inverse_t - log_z);
-  const double count = static_cast<double>(row.classes() - unique);
+  const double count = static_cast<double>(row.classes - unique);
   if (out.rest)
     *out.rest = static_cast<float>(std::log(run.z) +
                                    (static_cast<double>(run.ref) - ref) * inverse_t - log_z);
@@ -118,8 +150,8 @@ struct Upstream {
   float rest, total;
 };
 
-void backward_row(const IndexedRow& row, float t, const float* stats, const Upstream& up,
-                  float* buffer, float* out, const Row& d_row) {
+void backward_row(const Row& row, float t, const float* stats, const Upstream& up, float* buffer,
+                  float* out, void* d, DType d_type, int64_t d_stride) {
   const int64_t first = row.first(), k = row.k;
   const float inverse_t = 1.f / t;
   const Pair c = split_factor(RunningSoftmax(1.0 / t).c);
@@ -128,10 +160,11 @@ void backward_row(const IndexedRow& row, float t, const float* stats, const Upst
   const GatherCoefficients f =
       gather_coefficients(stats, static_cast<float>(sum), up.rest, up.total, inverse_t);
   int64_t j = first;
-  for (int64_t start = 0; start < row.classes(); start += kTile) {
-    const int64_t n = std::min(kTile, row.classes() - start);
-    const float* x = row.read(start, n, buffer);
-    float* const g = d_row.target(start, n, out);
+  for (int64_t start = 0; start < row.classes; start += kTile) {
+    const int64_t n = std::min(kTile, row.classes - start);
+    const float* x = row.tile(start, n, buffer);
+    void* const at = advance(d, d_type, start * d_stride);
+    float* const g = d_stride == 1 ? tile_target(at, d_type, n, out) : out;
     outside_tile(x, padded(n), stats[kRefOutside], c, f, g);
     while (j < k && row.index[j] < start + n) {
       const int64_t v = row.index[j];
@@ -140,8 +173,15 @@ void backward_row(const IndexedRow& row, float t, const float* stats, const Upst
       const float d = x[v - start] - stats[kRef], y = d * c.hi + d * c.lo;
       g[v - start] = vexp2_nonpositive(y) * stats[kInverseZ] * f.inside + own * inverse_t;
     }
-    d_row.write(start, n, g);
+    if (d_stride == 1)
+      store_tile(at, d_type, n, g);
+    else
+      for (int64_t v = 0; v < n; ++v) store_one(at, d_type, v * d_stride, g[v]);
   }
+}
+
+void fill_row(void* d, DType type, int64_t n, int64_t stride, float value) {
+  for (int64_t v = 0; v < n; ++v) store_one(d, type, v * stride, value);
 }
 
 void row_gather_forward(Tensor student, Tensor indices, Tensor live, Tensor scalars,
@@ -150,15 +190,14 @@ void row_gather_forward(Tensor student, Tensor indices, Tensor live, Tensor scal
   const int64_t rows = student.shape[0] * student.shape[2], k = indices.shape[1];
   const float t = scalars.as<float>()[0];
   parallel_for(rows, rows * student.shape[1], threads, [&](int64_t begin, int64_t end) {
-    Scratch scratch;
-    float* const tiles = scratch.floats(2 * kTile);
+    float* const scratch = thread_scratch().floats(2 * kTile);
     for (int64_t r = begin; r < end; ++r) {
-      const IndexedRow row(student, indices, r);
+      const Row row(student, indices, r);
       const RowOutputs out{gathered.as<float>() + r * k, rest ? rest.as<float>() + r : nullptr,
                            total ? total.as<float>() + r : nullptr,
                            stats.as<float>() + r * kGatherStats};
       if (row.in_range() && (!live || live.as<uint8_t>()[r])) {
-        forward_row(row, t, static_cast<int>(outside), tiles, tiles + kTile, out);
+        forward_row(row, t, static_cast<int>(outside), scratch, scratch + kTile, out);
         continue;
       }
       const float fill = !live || live.as<uint8_t>()[r] ? NAN : 0.f;
@@ -172,22 +211,24 @@ void row_gather_forward(Tensor student, Tensor indices, Tensor live, Tensor scal
 
 void row_gather_backward(Tensor student, Tensor indices, Tensor live, Tensor scalars, Tensor stats,
                          Tensor g, Tensor g_rest, Tensor g_total, Tensor ds, int64_t threads) {
-  const int64_t rows = student.shape[0] * student.shape[2], k = indices.shape[1];
+  const int64_t classes = student.shape[1], inner = student.shape[2];
+  const int64_t rows = student.shape[0] * inner, k = indices.shape[1];
   const float t = scalars.as<float>()[0];
-  parallel_for(rows, 2 * rows * student.shape[1], threads, [&](int64_t begin, int64_t end) {
-    Scratch scratch;
-    float* const tiles = scratch.floats(2 * kTile);
+  parallel_for(rows, 2 * rows * classes, threads, [&](int64_t begin, int64_t end) {
+    float* const scratch = thread_scratch().floats(2 * kTile);
     for (int64_t r = begin; r < end; ++r) {
-      const IndexedRow row(student, indices, r);
-      const Row d_row(ds, r);
+      const Row row(student, indices, r);
+      void* const d =
+          advance(ds.data, ds.dtype, r / inner * ds.stride[0] + r % inner * ds.stride[2]);
       if (live && !live.as<uint8_t>()[r]) {
-        d_row.fill(0.f);
+        fill_row(d, ds.dtype, classes, ds.stride[1], 0.f);
       } else if (!row.in_range()) {
-        d_row.fill(NAN);
+        fill_row(d, ds.dtype, classes, ds.stride[1], NAN);
       } else {
         const Upstream up{g.as<float>() + r * k, g_rest ? g_rest.as<float>()[r] : 0.f,
                           g_total ? g_total.as<float>()[r] : 0.f};
-        backward_row(row, t, stats.as<float>() + r * kGatherStats, up, tiles, tiles + kTile, d_row);
+        backward_row(row, t, stats.as<float>() + r * kGatherStats, up, scratch, scratch + kTile, d,
+                     ds.dtype, ds.stride[1]);
       }
     }
   });
