@@ -148,7 +148,8 @@ def info_nce_distillation_loss(
 ) -> torch.Tensor:
     """InfoNCE between the models: each sample's student embedding must find its teacher embedding.
 
-    -mean_i log softmax_j(s_i t_j^T / T)_i, the negatives being the teacher's other embeddings of the batch, or a queue.
+    -mean_i log softmax_j(s_i t_j^T / T)_i, the negatives being the teacher's other embeddings of the batch, or a queue:
+    the loss of van den Oord, Li and Vinyals (2018, arXiv:1807.03748).
 
     Args:
         student: embeddings (N, D). Further axes are flattened.

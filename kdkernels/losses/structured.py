@@ -227,7 +227,8 @@ def auxiliary_heads_loss(
     The deepest head teaches and gets no gradient here; add its own cross-entropy to the result.
 
     Args:
-        head_logits: scores of the auxiliary heads, (M, ..., V), or a sequence of M tensors (..., V), which is stacked.
+        head_logits: scores of the auxiliary heads, float16, bfloat16, float32 or float64, (M, ..., V), or a sequence of M
+            tensors (..., V), which is stacked.
         teacher_logits: the deepest head's, (..., V); read once a head, never expanded in memory.
         labels: class indices, the shape of teacher_logits without the class axis.
         temperature: T > 0, a number or a tensor with one element.
