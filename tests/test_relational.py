@@ -186,6 +186,20 @@ def test_duplicates(fused: Target, who: str, dtype: torch.dtype, generator: torc
 
 
 @fused_here
+def test_duplicates_without_a_least_distance(fused: Target, generator: torch.Generator) -> None:
+    """They are no part of the mean of positive distances, and have no slope."""
+
+    def published(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        a, b = (torch.cdist(x, x) for x in (student, teacher))
+        return F.smooth_l1_loss(a / a[a > 0].mean(), b / b[b > 0].mean())
+
+    s, t = embeddings(9, 5, 5, generator)
+    s[4], t[7] = s[1], t[2]
+    exact = gradients(published, s.to(F64), t.to(F64), both=True)
+    close(gradients(rkd_distance_loss, s, t, both=True, eps=0.0, backend=fused.backend), exact, 2e-6)
+
+
+@fused_here
 @pytest.mark.parametrize("options", [{}, {"beta": 0.25, "reduction": "sum"}], ids=["mean", "sum"])
 @pytest.mark.parametrize("loss", ["distance", "angle", "both"])
 def test_models_that_agree_have_no_gradient(

@@ -60,6 +60,14 @@ def test_soft_shortest_paths(target: Target, n: int, temperature: float, generat
         close(exact[1:], expected[1:], 1e-9)
 
 
+def test_vertices_far_from_all_others(generator: torch.Generator) -> None:
+    """By more than float32's exponents: each pair needs its own shortest path, in a row's second tile of pairs too."""
+    lengths = random_lengths(1, 150, generator)
+    lengths[..., 128:] += 10
+    paths = [soft_shortest_paths(x, 0.1, backend=b) for x, b in ((lengths, "cpu"), (lengths.double(), "reference"))]
+    close(paths[:1], paths[1:], 5e-7)
+
+
 def test_gradient_by_finite_differences(generator: torch.Generator) -> None:
     lengths = random_lengths(1, 5, generator).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: soft_shortest_paths(x, 0.3, backend="reference"), lengths)

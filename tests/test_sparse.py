@@ -493,6 +493,13 @@ def test_uld_keeps_the_order_of_equal_scores(dtype: torch.dtype, generator: torc
     close(got.double(), wanted, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
 
 
+def test_uld_has_no_slope_where_probabilities_meet(target: Target) -> None:
+    """The halves at the first place pull at nothing, though other places do."""
+    x = torch.tensor([[0.0, math.log(2), 0.0]], device=target.device, requires_grad=True)
+    uld_loss(x, torch.tensor([[1.0, 1.0, -INF]], device=target.device), backend=target.backend).backward()
+    close(x.grad, torch.tensor([[-0.25, 0.0, 0.25]], device=target.device))
+
+
 def test_uld_traps(generator: torch.Generator) -> None:
     s = torch.randn(4, 9, generator=generator)
     same = s[:, torch.randperm(9, generator=generator)]
