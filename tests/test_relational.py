@@ -247,6 +247,14 @@ def test_identical_samples(target: Target, loss: str, content: float, dtype: tor
     assert not grad.any()
 
 
+def test_nan_in_angles(generator: torch.Generator) -> None:
+    """Where distances could be integers but for it."""
+    s, t = embeddings(8, 4, 4, generator)
+    s[2, 1] = torch.nan
+    for student, teacher in ((s, t), (t, s)):
+        assert all(LOSSES[name](student, teacher, backend="cpu").isnan() for name in ("angle", "both"))
+
+
 @fused_here
 def test_zero_vectors_under_normalisation(fused: Target, generator: torch.Generator) -> None:
     s, t = embeddings(8, 4, 4, generator)
