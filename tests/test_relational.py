@@ -247,6 +247,17 @@ def test_identical_samples(target: Target, loss: str, content: float, dtype: tor
     assert not grad.any()
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_nan_in_distances(target: Target, normalize: bool, generator: torch.Generator) -> None:
+    """A sample that is NaN is one in the loss, and in the gradient that a GradScaler looks at."""
+    s, t = embeddings(5, 4, 4, generator)
+    s[2, 1] = torch.nan
+    for student, teacher in ((s, t), (t, s)):
+        found = gradients(rkd_distance_loss, student, teacher, normalize=normalize, backend=target.backend)
+        assert all(x.isnan().any() for x in found)
+    assert all(x.isnan().any() for x in gradients(hard_dark_rank_loss, s, t, k=4, backend=target.backend))
+
+
 def test_nan_in_angles(generator: torch.Generator) -> None:
     """Where distances could be integers but for it."""
     s, t = embeddings(8, 4, 4, generator)

@@ -26,7 +26,7 @@ struct Scale {
   float through_mean = 0.f;
 
   void set_mean(double mean) {
-    const double inverse = mean > 0.0 ? 1.0 / mean : 0.0;
+    const double inverse = mean <= 0.0 ? 0.0 : 1.0 / mean;  // of NaN NaN
     inverse_mean = static_cast<float>(inverse);
     rest = static_cast<float>(inverse - static_cast<double>(inverse_mean));
   }

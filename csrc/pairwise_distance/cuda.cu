@@ -140,7 +140,7 @@ __device__ inline Pair pair_at(const Match& m, int64_t at) {
 // [8..10] those of the values (loss over beta, slope times either distance).
 __device__ inline float inverse_mean(const Match& m, const float* sums, int which) {
   if (!m.normalize) return 1.f;
-  return sums[which] > 0.f ? sums[which + 2] / sums[which] : 0.f;
+  return sums[which] <= 0.f ? 0.f : sums[which + 2] / sums[which];  // of NaN NaN
 }
 __device__ inline float through_mean(const Match& m, const float* sums, int which) {
   if (!m.normalize || !(sums[which] > 0.f)) return 0.f;

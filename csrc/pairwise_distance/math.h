@@ -12,6 +12,7 @@ enum MatchScalar : int { kBeta = 0, kEps = 1 };
 // What the sum over pairs is divided by.
 enum MatchReduction : int { kAllPairs = 0, kKeptPairs = 1, kSum = 2 };
 
+// Of a NaN among the two, these are b.
 KDK_HD float lesser(float a, float b) { return a < b ? a : b; }
 KDK_HD float greater(float a, float b) { return a > b ? a : b; }
 KDK_HD float root(float x) { return sqrtf(x); }
@@ -19,7 +20,7 @@ KDK_HD float root(float x) { return sqrtf(x); }
 // A distance from its square; no square below eps is told apart from eps.
 template <typename F>
 KDK_HD F distance(F d2, F eps, bool squared) {
-  const F x = greater(d2, eps);
+  const F x = greater(eps, d2);
   return squared ? x : root(x);
 }
 // Its derivative by the square, 0 where that was below eps.
@@ -32,7 +33,7 @@ KDK_HD F distance_slope(F d2, F d, F eps, F one, bool squared) {
 // Smooth-L1 of a difference already divided by beta, over beta: value c (x - c / 2) and slope c.
 template <typename F>
 KDK_HD F huber_slope(F x, F one) {
-  return lesser(greater(x, -one), one);
+  return lesser(one, greater(-one, x));
 }
 template <typename F>
 KDK_HD F huber_value(F x, F c, F half) {

@@ -342,7 +342,7 @@ def hard_dark_rank_loss(
         by_teacher.masked_fill(distances.itself(), torch.inf).topk(min(k, max(n - 1, 0)), dim=1, largest=False).indices
     )
     chosen = d2.gather(1, nearest).double()
-    apart = chosen > eps
+    apart = ~(chosen <= eps)  # so is NaN
     scores = -alpha * torch.where(apart, chosen.where(apart, 1.0) ** (beta / 2), eps ** (beta / 2))
     # The m-th denominator runs over the m-th to the k-th of the order.
     denominators = scores.flip(1).logcumsumexp(1)

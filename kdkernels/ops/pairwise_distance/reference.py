@@ -34,7 +34,7 @@ def squared_distances(x: torch.Tensor) -> torch.Tensor:
 def distances(d2: torch.Tensor, eps: float, squared: bool) -> torch.Tensor:
     """Distances from their squares, which are at least eps off the diagonal; the diagonal 0."""
     other = ~torch.eye(d2.shape[0], dtype=torch.bool, device=d2.device)
-    kept = other & (d2 >= eps) & (d2 > 0)
+    kept = other & ~((d2 < eps) | (d2 == 0))  # so is NaN
     d = d2.where(kept, 1.0)
     d = d if squared else d.sqrt()
     floor = eps if squared else eps**0.5
@@ -50,7 +50,7 @@ def _normalized(d: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     weight = mask * (d > 0)
     total = weight.sum()
     mean = (weight * d).sum() / total.where(total > 0, 1.0)
-    return d / mean.where(mean > 0, 1.0)
+    return d / mean.where(~(mean <= 0), 1.0)
 
 
 def distance_match(

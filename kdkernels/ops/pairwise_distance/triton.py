@@ -17,6 +17,7 @@ STRIP, PARTNERS, WIDTH = 16, 16, 64  # samples, partners and features of a tile 
 BLOCK = 1024  # pairs of a program of the match
 FIELDS = 8  # sums of a program of the match
 MEAN_PAIRS, KEPT_PAIRS, SUM = 0, 1, 2
+NAN = tl.constexpr(tl.PropagateNan.ALL)  # what a sample that is NaN makes of its distances
 
 
 @triton.jit
@@ -78,7 +79,7 @@ def gradient_kernel(x, weights, dx, n, features, row, out_row, S: tl.constexpr, 
 
 @triton.jit
 def _distance(d2, eps, SQUARED: tl.constexpr):
-    x = tl.maximum(d2, eps)
+    x = tl.maximum(d2, eps, propagate_nan=NAN)
     return x if SQUARED else tl.sqrt_rn(x)
 
 
@@ -107,13 +108,13 @@ def _slopes(s, t, sums, eps, beta, NORMALIZE: tl.constexpr, SQUARED: tl.constexp
         by_s = _inverse_mean(sums, 1)
         by_t = _inverse_mean(sums, 2)
     x = apart(s * by_s, t * by_t) / beta
-    return s, t, by_s, by_t, x, tl.minimum(tl.maximum(x, -1.0), 1.0)
+    return s, t, by_s, by_t, x, tl.minimum(tl.maximum(x, -1.0, propagate_nan=NAN), 1.0, propagate_nan=NAN)
 
 
 @triton.jit
 def _inverse_mean(sums, which):
     total = tl.load(sums + which)
-    return tl.where(total > 0.0, tl.load(sums + 2 + which) / tl.where(total > 0.0, total, 1.0), 0.0)
+    return tl.where(total <= 0.0, 0.0, tl.load(sums + 2 + which) / tl.where(total <= 0.0, 1.0, total))
 
 
 @triton.jit
