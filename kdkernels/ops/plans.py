@@ -14,7 +14,7 @@ from kdkernels.ops.library import looked_at
 from kdkernels.ops.scalars import remembers
 
 Plan = TypeVar("Plan")
-_ABOUT = operator.attrgetter("shape", "dtype", "device", "requires_grad")
+_ABOUT = operator.attrgetter("shape", "layout", "dtype", "device", "requires_grad")
 KEPT = 4096  # plans of one kind; then they are forgotten, and worked out anew
 
 
