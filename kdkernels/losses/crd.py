@@ -11,8 +11,8 @@ from kdkernels import backends, checks, groups
 from kdkernels.losses.contrastive import check_queue, of_all
 from kdkernels.losses.module import LossModule
 from kdkernels.losses.samples import normalized
-from kdkernels.ops.library import save
-from kdkernels.ops.scalars import Number, readable
+from kdkernels.ops.library import learns, savable, save
+from kdkernels.ops.scalars import Number
 
 if TYPE_CHECKING:
     from kdkernels.distributed.batch import Samples
@@ -111,10 +111,8 @@ def crd_loss(
     checks.choice("reduction", reduction, ("rowmean", "batchmean", "sum", "none"))
     checks.plain_number("eps", eps, low=0)
     backends.resolve("crd_loss", (s, t), backend)
-    # Of a bank that was made under torch.inference_mode a copy: autograd keeps no such tensor for the backward.
-    student_bank, teacher_bank = (
-        bank.clone() if readable(bank) and bank.is_inference() else bank for bank in (student_bank, teacher_bank)
-    )
+    if learns(s, t):
+        student_bank, teacher_bank = savable(student_bank, teacher_bank)  # type: ignore[assignment]
     n, negatives = student_bank.shape[0], indices.shape[1] - 1
     indices = indices.long()
     checks.indices("indices", indices, n)

@@ -58,11 +58,16 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     return call
 
 
+def savable(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The tensors; of a teacher's that were made under torch.inference_mode, copies: autograd keeps no such."""
+    if is_compiling() or torch.is_inference_mode_enabled():
+        return tensors
+    return tuple([x.clone() if x is not None and x.is_inference() else x for x in tensors])
+
+
 def save(ctx: Any, *tensors: torch.Tensor | None) -> None:
-    """Saves tensors for the backward; of a teacher's that were made under torch.inference_mode, copies: autograd keeps no such."""
-    if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
-        tensors = tuple([x.clone() if x is not None and x.is_inference() else x for x in tensors])
-    ctx.save_for_backward(*tensors)
+    """Saves tensors for the backward."""
+    ctx.save_for_backward(*savable(*tensors))
 
 
 class FirstOrderOnly(torch.autograd.Function):
