@@ -1,8 +1,8 @@
-// The pybind11 module kdkernels._C: it hands every registered entry point to Python and nothing
-// else. An argument is None, a number, a tensor, or a tuple (tensor, shape, stride) that sees the
-// tensor otherwise, from its own first element. No version of torch is built against: a tensor is
-// read through DLPack's exchange table where its type has one, else by its Python attributes, which
-// takes longer than some kernels.
+// The pybind11 module kdkernels._C, which hands every registered entry point to Python and nothing
+// else: m.cpu and m.cuda map names to entries, and m.call runs one. An argument is None, a number,
+// a tensor, or a tuple (tensor, shape, stride) that sees the tensor otherwise, from its own first
+// element. No version of torch is built against: a tensor is read through DLPack's exchange table
+// where its type has one, else by its Python attributes, which takes longer than some kernels.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -140,29 +140,85 @@ int level_of(const std::string& target) {
   return target.rfind("cpu.x86-64-v", 0) == 0 ? target.back() - '0' : 0;
 }
 
-py::object bind(const Entry& entry) {
-  return py::cpp_function(
-      [entry](const py::args& args) {
-        std::vector<Value> values;
-        values.reserve(args.size());
-        for (py::handle a : args) values.push_back(to_value(a.ptr()));
-        py::gil_scoped_release nogil;
-        kdk::call(entry, values);
-      },
-      py::name(entry.name.c_str()));
+constexpr const char* kEntry = "kdkernels.entry";
+
+// body's result, or null with the Python error that its exception is.
+template <typename Body>
+PyObject* with_errors(const Body& body) {
+  try {
+    return body();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+  } catch (const std::out_of_range& error) {
+    PyErr_SetString(PyExc_IndexError, error.what());
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
 }
+
+// Both take their arguments as these lie on Python's stack: pybind11's own way of taking any number
+// of them costs half a microsecond.
+PyObject* call_entry(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return with_errors([&]() -> PyObject* {
+    if (count < 2 || !PyDict_Check(args[0]))
+      throw py::type_error("call takes entries, a name, and that entry's arguments");
+    PyObject* capsule = PyDict_GetItemWithError(args[0], args[1]);
+    if (!capsule) {
+      if (!PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, args[1]);
+      return nullptr;
+    }
+    const auto* entry = static_cast<const Entry*>(PyCapsule_GetPointer(capsule, kEntry));
+    if (!entry) return nullptr;
+    std::vector<Value> values;
+    values.reserve(static_cast<size_t>(count));
+    for (Py_ssize_t i = 2; i < count; ++i) values.push_back(to_value(args[i]));
+    {
+      py::gil_scoped_release nogil;
+      kdk::call(*entry, values);
+    }
+    Py_RETURN_NONE;
+  });
+}
+
+PyObject* is_one(PyObject*, PyObject* x) {
+  return with_errors([&] {
+    const kdk::Tensor t = read_tensor(x, true);
+    const bool wide = t.dtype == kdk::DType::f64;
+    if ((!wide && t.dtype != kdk::DType::f32) || t.numel() != 1)
+      throw std::invalid_argument("is_one takes a float32 or float64 tensor with one element");
+    return PyBool_FromLong(wide ? *t.as<double>() == 1.0 : *t.as<float>() == 1.f);
+  });
+}
+
+PyMethodDef functions[] = {
+    {"call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_entry)), METH_FASTCALL,
+     "call(entries, name, ...): runs one of m.cpu or m.cuda."},
+    {"is_one", is_one, METH_O,
+     "Whether a CPU tensor's one element is 1, in float32 or float64; x.item() takes 2 us in a "
+     "backward pass."},
+    {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native kernels of kdkernels: m.cpu and m.cuda map names to functions.";
+  m.doc() = "Native kernels of kdkernels: call(cpu, name, ...) or call(cuda, name, ...) runs one.";
+  PyModule_AddFunctions(m.ptr(), functions);
+  // Entries live as long as the process.
+  auto handle = [](const Entry& entry) { return py::capsule(&entry, kEntry); };
   std::map<std::string, const Entry*> best;
   py::dict cpu, cuda;
   const int limit = cpu_level();
   for (const Entry& e : kdk::entries()) {
     const int level = level_of(e.target);
     if (level < 0) {
-      cuda[e.name.c_str()] = bind(e);
+      cuda[e.name.c_str()] = handle(e);
     } else if (level <= limit) {
       const Entry*& slot = best[e.name];
       if (!slot || level_of(slot->target) < level) slot = &e;
@@ -170,7 +226,7 @@ PYBIND11_MODULE(_C, m) {
   }
   std::string target;
   for (const auto& [name, entry] : best) {
-    cpu[name.c_str()] = bind(*entry);
+    cpu[name.c_str()] = handle(*entry);
     target = entry->target;
   }
   py::dict codes;

@@ -31,8 +31,8 @@ class BackendError(RuntimeError):
     """The backend that was asked for cannot run here; the message says why."""
 
 
-_forced: ContextVar[str | None] = ContextVar("kdkernels_backend", default=None)
-_environment = os.environ.get("KDKERNELS_BACKEND") or "auto"
+forced: ContextVar[str | None] = ContextVar("kdkernels_backend", default=None)
+environment = os.environ.get("KDKERNELS_BACKEND") or "auto"
 _forced_while_tracing: str | None = None  # the same: Dynamo reads and guards a global, and no ContextVar
 _libraries: dict[str, Any] = {}
 
@@ -106,7 +106,7 @@ def does_not_start(kernels: Any, one: torch.Tensor) -> str | None:
 
 def requested() -> str:
     """The backend asked for by use_backend or the environment, else "auto"."""
-    return (_forced_while_tracing if torch.compiler.is_compiling() else _forced.get()) or _environment
+    return (_forced_while_tracing if torch.compiler.is_compiling() else forced.get()) or environment
 
 
 @contextlib.contextmanager
@@ -125,12 +125,12 @@ def use_backend(name: str) -> Iterator[None]:
     if name != "auto" and name not in BACKENDS and name not in _libraries:
         raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(('auto', *BACKENDS))}")
     global _forced_while_tracing
-    token, before = _forced.set(name), _forced_while_tracing
+    token, before = forced.set(name), _forced_while_tracing
     _forced_while_tracing = name
     try:
         yield
     finally:
-        _forced.reset(token)
+        forced.reset(token)
         _forced_while_tracing = before
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +32,14 @@ if _C is not None:
     })  # fmt: skip
 
 
+def _is_one(x: torch.Tensor) -> bool:
+    """Whether a CPU tensor's one element is 1, in float32 or float64."""
+    return x.item() == 1
+
+
+is_one: Callable[[torch.Tensor], bool] = _is_one if _C is None else _C.is_one
+
+
 class View(NamedTuple):
     """A tensor seen with other sizes and strides, from its own first element. No torch view is made."""
 
@@ -47,13 +57,16 @@ class NativeLibrary:
 
     def __init__(self, target: str):
         self.target = target
-        self._functions: dict[str, Any] = getattr(_C, target) if _C is not None else {}
+        self._entries: dict[str, Any] = getattr(_C, target) if _C is not None else {}
+        if _C is not None:
+            # call(name, ...) runs an entry; no method of ours, whose frame small kernels would feel.
+            self.call = functools.partial(_C.call, self._entries)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._functions
+        return name in self._entries
 
     def __bool__(self) -> bool:
-        return bool(self._functions)
+        return bool(self._entries)
 
     def context(self, tensor: torch.Tensor) -> tuple[int, ...]:
         """The trailing arguments of an entry: threads on CPU; device and stream on CUDA."""
@@ -61,9 +74,6 @@ class NativeLibrary:
             return (torch.get_num_threads(),)
         index = tensor.device.index
         return index, torch.cuda.current_stream(index).cuda_stream
-
-    def call(self, name: str, *args: Any) -> None:
-        self._functions[name](*args)
 
 
 def build_info() -> dict[str, str]:

@@ -24,7 +24,7 @@ needs_native = pytest.mark.skipif(not NATIVE, reason="no native kernels here: " 
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(backends, "_environment", "auto")
+    monkeypatch.setattr(backends, "environment", "auto")
     backends._unavailable.cache_clear()
     backends._note_fallback.cache_clear()
     yield
@@ -60,7 +60,7 @@ def test_without_native_kernels_auto_still_works(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_call_is_stronger_than_the_context_and_that_than_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_environment", "triton")
+    monkeypatch.setattr(backends, "environment", "triton")
     assert backends.requested() == "triton"
     with use_backend("reference"):
         assert backends.requested() == "reference"
@@ -87,7 +87,7 @@ def test_the_context_is_left_after_an_error() -> None:
 
 
 def test_auto_in_the_context_overrides_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_environment", "reference")
+    monkeypatch.setattr(backends, "environment", "reference")
     with use_backend("auto"):
         assert backends.requested() == "auto"
 
@@ -153,7 +153,7 @@ def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
     with pytest.raises(BackendError, match="'gpu': there is no backend of that name; choose one of auto, cuda"):
         kl_div(X32, X32, backend="gpu")
-    monkeypatch.setattr(backends, "_environment", "gpu")
+    monkeypatch.setattr(backends, "environment", "gpu")
     with pytest.raises(BackendError, match="there is no backend of that name"):
         kl_div(X32, X32)
 

@@ -36,7 +36,7 @@ def test_info_says_what_runs_and_why_the_rest_does_not(capsys):
 def test_info_in_plain_text_without_rich(capsys, monkeypatch):
     monkeypatch.setattr(console, "rich", None)
     monkeypatch.setenv("KDKERNELS_BACKEND", "reference")
-    monkeypatch.setattr(backends, "_environment", "reference")
+    monkeypatch.setattr(backends, "environment", "reference")
     assert main(["info"]) == 0
     said = capsys.readouterr().out
     assert kdkernels.__version__ in said

@@ -29,7 +29,8 @@ METHODS = {"item", "cpu", "tolist", "numpy", "nonzero", "masked_select", "unique
 FUNCTIONS = {"equal", "allclose", "nonzero", "unique", "masked_select", "argwhere"}
 # (files below kdkernels, what is called, a piece of the line or of its neighbours): why it sees no GPU tensor.
 ALLOWED = {
-    ("ops/scale/op.py", "item", "factor.is_cpu"): "guarded: only a CPU tensor",
+    ("ops/scale/op.py", "is_one", "factor.is_cpu"): "guarded: only a CPU tensor",
+    ("native.py", "item", "CPU tensor"): "it says so, and its calls are found too",
     ("ops/scalars.py", "float", "values"): "numbers, or tensors that are known to be on the CPU",
     ("ops/scalars.py", "float", "float(v), device=device"): "a number, or a tensor on the CPU: the condition follows",
     ("ops/*/triton*.py", "tolist", "scalars.tolist()"): "packed numbers, read where they are on the CPU",
@@ -58,9 +59,9 @@ def plain_names(tree: ast.AST) -> set[str]:
 
 
 def tensor_like(node: ast.expr, plain: set[str]) -> bool:
-    """Whether the argument of float(), int() or bool() may be a tensor: not a literal, a size or a flag."""
+    """Whether the argument of float(), int(), bool() or is_one() may be a tensor: not a literal, a size or a flag."""
     text = ast.unparse(node)
-    if isinstance(node, ast.Constant) or text in {*plain, "kind", "inputs", "hard", "self._functions"}:
+    if isinstance(node, ast.Constant) or text in {*plain, "kind", "inputs", "hard", "self._entries"}:
         return False
     return not any(
         word in text for word in ("shape", "size(", "numel", "dim()", "len(", "environ", ".type ==", "isinstance")
@@ -85,7 +86,7 @@ def suspicious(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 yield node.lineno, "where"
             elif (
                 isinstance(f, ast.Name)
-                and f.id in ("float", "int", "bool")
+                and f.id in ("float", "int", "bool", "is_one")
                 and node.args
                 and tensor_like(node.args[0], plain)
             ):
@@ -119,8 +120,8 @@ def test_the_source_never_reads_a_tensor(path: Path) -> None:
 
 
 def test_the_scan_sees_what_it_looks_for() -> None:
-    bad = "x.item()\nfloat(x)\ny[x > 0]\ntorch.equal(x, y)\nx.cpu()\ntorch.where(x)\nbool(x.any())\nx.nonzero()\n"
-    assert sorted(line for line, _ in suspicious(ast.parse(bad))) == list(range(1, 9))
+    bad = "x.item()\nfloat(x)\ny[x > 0]\ntorch.equal(x, y)\nx.cpu()\ntorch.where(x)\nbool(x.any())\nx.nonzero()\nis_one(x)\n"
+    assert sorted(line for line, _ in suspicious(ast.parse(bad))) == list(range(1, 10))
     assert not list(suspicious(ast.parse("float(1)\nint(x.shape[0])\nx[-1]\nx[-n]\ny[:, 1]\ntorch.where(a, b, c)\n")))
 
 

@@ -83,7 +83,8 @@ def test_teacher_mass_on_a_class_masked_in_the_student(
     if reduction == "none":
         assert loss[[0, 2]].isfinite().all()
     p_s, p_t = (s.double() / 2).softmax(-1), (t.double() / 2).softmax(-1)
-    close(grad, (p_s - p_t) * 2 / (1 if reduction == "none" else 3))
+    # Two probabilities that may be near 1, each with its rounding.
+    close(grad, (p_s - p_t) * 2 / (1 if reduction == "none" else 3), atol=1e-6)
 
 
 def test_mass_that_underflows_on_a_masked_class(target: Target, generator: torch.Generator) -> None:

@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kdkernels import BackendError
-from kdkernels.native import NativeLibrary
+from kdkernels import BackendError, backends
 
 ERRORS = (TypeError, ValueError, IndexError, KeyError, BackendError)
 F32 = torch.float32
@@ -151,13 +150,14 @@ class Launches:
 
     def __init__(self, monkeypatch: Any) -> None:
         self.count = 0
-        call = NativeLibrary.call
+        library = backends.library("cpu")
+        call = library.call
 
-        def counting(library: NativeLibrary, name: str, *args: Any) -> None:
+        def counting(name: str, *args: Any) -> None:
             self.count += 1
-            call(library, name, *args)
+            call(name, *args)
 
-        monkeypatch.setattr(NativeLibrary, "call", counting)
+        monkeypatch.setattr(library, "call", counting)
 
 
 def trouble(

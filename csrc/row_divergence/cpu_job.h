@@ -36,6 +36,12 @@ struct Job {
   float label_weight(int64_t r) const { return class_weight ? class_weight[labels[r]] : 1.f; }
 };
 
+// (outer, classes, inner); a matrix has its classes side by side or at its own stride.
+Tensor as_rows(Tensor x) {
+  if (x.ndim == 2) x.shape[2] = 1, x.stride[2] = 0, x.ndim = 3;
+  return x;
+}
+
 Job make_job(Tensor student, Tensor teacher, Tensor labels, Tensor weight, Tensor class_weight,
              Tensor scalars, Tensor ds, Tensor dt, int64_t kind, int64_t inputs, bool hard,
              int64_t ignore_index, int64_t threads) {
@@ -43,13 +49,14 @@ Job make_job(Tensor student, Tensor teacher, Tensor labels, Tensor weight, Tenso
     throw std::invalid_argument("a decoupled KL needs labels, and logits to leave them out of");
   if (hard && inputs != kLogits) throw std::invalid_argument("the hard-label term needs logits");
   Job job{};
-  job.student = student, job.teacher = teacher, job.ds = ds, job.dt = dt;
+  job.student = as_rows(student), job.teacher = as_rows(teacher);
+  job.ds = as_rows(ds), job.dt = as_rows(dt);
   job.labels = labels.as<int64_t>(), job.weight = weight.as<float>();
   job.class_weight = class_weight.as<float>(), job.scalars = scalars.as<float>();
   job.kind = static_cast<int>(kind), job.inputs = static_cast<int>(inputs), job.hard = hard;
   job.ignore_index = ignore_index;
-  job.classes = student.shape[1], job.inner = student.shape[2];
-  job.rows = student.shape[0] * student.shape[2];
+  job.classes = job.student.shape[1], job.inner = job.student.shape[2];
+  job.rows = job.student.shape[0] * job.inner;
   job.threads = threads;
   // JSD(beta) at its ends is a KL, and takes the shorter way.
   if (kind == kJSD && job.scalars[kP0] <= 0.f) job.kind = kForwardKL;

@@ -45,7 +45,8 @@ class _Split(NamedTuple):
     copied: bool
 
 
-Splits = tuple[tuple[_Split | None, ...], int]  # of each tensor; how many of them must be copied
+Splits = tuple[tuple[_Split | None, ...] | None, int]  # of each tensor; how many of them must be copied
+AS_ROWS: Splits = (None, 0)  # matrices, a row each: the CPU kernels read these as they are
 
 
 @functools.lru_cache(maxsize=4096)
@@ -79,9 +80,11 @@ def splits(dim: int, *tensors: torch.Tensor | None) -> Splits:
     return _splits(tensors[0].shape, strides, dim)  # type: ignore[union-attr]
 
 
-def views(by: Splits, *tensors: torch.Tensor | None) -> list[View | None]:
+def views(by: Splits, *tensors: torch.Tensor | None) -> Sequence[View | torch.Tensor | None]:
     """`rows`, where it is known how."""
     each, copies = by
+    if each is None:
+        return tensors
     if copies:
         tensors = tuple(x if x is None or not split.copied else x.contiguous() for x, split in zip(tensors, each))
     # The constructor that NamedTuple writes would take longer than all the rest.

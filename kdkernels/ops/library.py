@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._C import _len_torch_dispatch_stack
+from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
-
-from kdkernels import backends
 
 LIBRARY = torch.library.Library("kdkernels", "DEF")
 TENSORS = {torch.Tensor, torch.nn.Parameter}  # and no subclass, whose operations may be its own
@@ -17,7 +16,13 @@ TENSORS = {torch.Tensor, torch.nn.Parameter}  # and no subclass, whose operation
 
 def looked_at(*tensors: torch.Tensor) -> bool:
     """Whether something looks on: torch.compile, a dispatch mode, a transform of torch.func, a tensor subclass."""
-    if is_compiling() or _len_torch_dispatch_stack() or backends.transformed():
+    # What backends.transformed says, without a call: every small loss asks this three times.
+    if (
+        is_compiling()
+        or _len_torch_dispatch_stack()
+        or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    ):
         return True
     for x in tensors:  # noqa: SIM110 (a generator would take three times as long)
         if type(x) not in TENSORS:

@@ -32,7 +32,9 @@ def remembered(make: Callable[..., Plan]) -> Callable[..., Plan]:
             return make(tensors, *options)
         try:
             # With the options' types, for 1, 1.0 and True are equal.
-            asked = backends.requested(), torch.is_grad_enabled(), options, *map(type, options)
+            # backends.requested(), which here needs not ask whether this is traced.
+            backend = backends.forced.get() or backends.environment
+            asked = backend, torch.is_grad_enabled(), options, *map(type, options)
             key = *asked, *map(_ABOUT, tensors), *map(torch.Tensor.stride, tensors)
             found = known.get(key)
         except (TypeError, RuntimeError):  # an option has no hash, or a tensor no strides

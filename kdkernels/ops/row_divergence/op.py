@@ -72,7 +72,8 @@ def _forward(
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     # Of a small call, new_empty would take twice this.
     total = torch.empty_strided((), (), dtype=torch.float32, device=student.device)
-    ds, dt = _outputs(student, teacher, want_student, want_teacher)
+    ds = torch.empty_like(student) if want_student else None
+    dt = torch.empty_like(teacher) if want_teacher else None
     losses = stats = used = None
     about_rows = []
     if want_rows or backend != "cpu":  # the CPU kernel finds room for itself, sooner than torch does
@@ -96,7 +97,7 @@ def _forward(
     if splits[1]:
         _collect(ds, ds_rows)
         _collect(dt, dt_rows)
-    return total, about_rows, _wanted(ds, dt)
+    return total, about_rows, [x for x in (ds, dt) if x is not None]
 
 
 def _forward_fake(student, teacher, labels, weight, class_weight, scalars, divisors, kind, inputs, hard, count,
@@ -291,17 +292,12 @@ def row_divergence(
     if not plan.plain:
         divisors = given_divisors(num_items, reduction, student.device)
         learned = tuple(_learnable(x) if torch.is_grad_enabled() else None for x in (temperature, teacher_temperature))
-    want_s, want_t = plan.wants
-    later = (want_s or want_t) and not plan.stores
-    if later or learned[0] is not None or learned[1] is not None:
+    if plan.later or learned[0] is not None or learned[1] is not None:
         return RowDivergence.apply(
             student, teacher, *learned, labels, weight, class_weight, plan.scalars, divisors, options
         )
-    run, splits = (forward_op, ()) if plan.splits is None else (_forward, (plan.splits,))
-    total, about_rows, grads = run(
-        student, teacher, labels, weight, class_weight, plan.scalars, divisors, *options[:6], options.per_row, want_s, want_t,
-        options.backend, *splits,
-    )  # fmt: skip
+    run = forward_op if plan.seen else _forward
+    total, about_rows, grads = run(student, teacher, labels, weight, class_weight, plan.scalars, divisors, *plan.told)
     if not grads:
         return _per_row(about_rows[0], student, options.dim) if options.per_row else total
     return with_gradients("row_divergence", options.backend, total, grads, learners((student, teacher), plan.wants))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -36,9 +36,10 @@ class Plan(NamedTuple):
     options: Options
     scalars: torch.Tensor
     plain: bool  # no hyper-parameter is a tensor
-    stores: bool  # gradients may be made in the forward pass
     wants: tuple[bool, bool]  # gradients of the student and the teacher
-    splits: layout.Splits | None  # of scores and gradients into rows; None: the operator finds them
+    later: bool  # and they cannot be made in the forward pass
+    told: tuple[Any, ...]  # the forward operator's arguments after its tensors
+    seen: bool  # something looks on: the operator itself is called; else what it does, and how to split is told too
 
 
 @remembered
@@ -64,12 +65,17 @@ def plan_of(
     )  # fmt: skip
     plain = not any(isinstance(x, torch.Tensor) for x in (temperature, teacher_temperature, num_items))
     wants = tuple([learns(x) for x in tensors])
-    splits = None
-    if plain and backend != "reference" and not looked_at(*tensors):
-        grads = [torch.empty_like(x, device="meta") if want else None for x, want in zip(tensors, wants)]
-        splits = layout.splits(dim, *tensors, *grads)
-    stores = reduction != "none" and torch.float16 not in (student.dtype, teacher.dtype)
-    return Plan(options, scalars, plain, stores, wants, splits)
+    later = any(wants) and (reduction == "none" or torch.float16 in (student.dtype, teacher.dtype))
+    told = (*options[:6], options.per_row, *wants, backend)
+    seen = backend == "reference" or looked_at(*tensors)
+    if not seen:
+        if backend == "cpu" and student.dim() == 2 and dim == 1:
+            splits = layout.AS_ROWS
+        else:
+            grads = [torch.empty_like(x, device="meta") if want else None for x, want in zip(tensors, wants)]
+            splits = layout.splits(dim, *tensors, *grads)
+        told = *told, splits
+    return Plan(options, scalars, plain, wants, later, told, seen)
 
 
 def terms(

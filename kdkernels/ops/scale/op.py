@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._C import _len_torch_dispatch_stack
 from torch._C._autograd import _get_current_graph_task_keep_graph
 from torch.compiler import is_compiling
 
 from kdkernels import backends
+from kdkernels.native import is_one
 from kdkernels.ops.library import define, first_order, looked_at
 
 
@@ -42,11 +44,12 @@ def scaled(grads: Sequence[torch.Tensor], factor: torch.Tensor, backend: str) ->
     In place, and without touching them where the factor is 1, unless that pass was asked to retain its
     graph: then they will be needed again as they are.
     """
+    seen = looked_at(factor)
     # Under the compiler operators are functionalised: nothing saved is overwritten.
-    if not is_compiling() and _get_current_graph_task_keep_graph():
+    if not (seen and is_compiling()) and _get_current_graph_task_keep_graph():
         # Also where the factor is 1: whoever receives a gradient may go on writing into it.
-        grads = tuple([g.clone() for g in grads])
-    if factor.is_cpu and not looked_at(factor) and factor.item() == 1:
+        grads = [g.clone() for g in grads]
+    if not seen and factor.is_cpu and is_one(factor):
         return grads  # the usual case, and on a CPU it can be looked at
     for g in grads:
         scale_(g, factor, backend)
@@ -58,9 +61,9 @@ class StoredGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, operation: str, backend: str, made: tuple[torch.Tensor, ...], *inputs: torch.Tensor
+        ctx: Any, about: tuple[str, str], made: tuple[torch.Tensor, ...], *inputs: torch.Tensor
     ) -> torch.Tensor:
-        ctx.about = operation, backend
+        ctx.about = about
         ctx.save_for_backward(*made)
         return made[0]
 
@@ -68,19 +71,25 @@ class StoredGradients(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor) -> Any:
         operation, backend = ctx.about
         output, *made = ctx.saved_tensors
+        grads = scaled(made, upstream, backend)
+        if torch.is_grad_enabled():
+            grads = first_order(operation, output, grads)
         # Autograd itself brings a float32 gradient of a half precision input to that precision.
-        return (None, None, None, *first_order(operation, output, scaled(made, upstream, backend)))
+        return (None, None, *grads)
 
 
 # Function.apply is a layer of Python for functorch's transforms over this one, and takes 2 us.
 _apply = super(torch.autograd.Function, StoredGradients).apply
+# The node's own apply would first find out which of backward and vjp there is.
+StoredGradients._backward_cls.apply = StoredGradients.backward
 
 
 def with_gradients(
     operation: str, backend: str, loss: torch.Tensor, grads: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """The loss, through which `inputs` get `grads`: dense tensors, float32 or of their inputs' dtypes, which this takes over."""
-    return (StoredGradients.apply if looked_at(loss) else _apply)(operation, backend, (loss, *grads), *inputs)
+    join = StoredGradients.apply if is_compiling() or _len_torch_dispatch_stack() else _apply
+    return join((operation, backend), (loss, *grads), *inputs)
 
 
 def learners(tensors: Sequence[Any], wanted: Sequence[bool]) -> tuple[torch.Tensor, ...]:
