@@ -12,7 +12,8 @@ from targets import Target
 from torch import nn
 
 import kdkernels as kd
-from kdkernels.losses.boxes import box_masks, giou, padded_boxes
+from kdkernels.losses.boxes import giou, padded_boxes
+from kdkernels.ops.weighted_match import focal, reference
 from kdkernels.ops.weighted_match.spec import eager_fgd, eager_pearson, eager_variational
 
 F64 = torch.float64
@@ -82,21 +83,91 @@ def test_global_context_as_published(target: Target, channels_last: bool, genera
         torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-4)
 
 
-def test_boxes_beyond_the_image_are_clipped(generator: torch.Generator) -> None:
-    boxes = torch.tensor([[[-3.0, -2.5, 2.0, 1.0], [20.0, 20.0, 30.0, 30.0], [-9.0, -9.0, -5.0, -5.0]]])
-    front, back = box_masks(*padded_boxes(boxes, 1, boxes.device), (5, 6), None)
+def masks(target: Target, boxes: Any, size: tuple[int, int], scale: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """Of the foreground and of the background."""
+    first = boxes if isinstance(boxes, torch.Tensor) else boxes[0]
+    drawn = padded_boxes(boxes, len(boxes), first.device).to(target.device)
+    scale = None if scale is None else scale.to(target.device)
+    if not target.fused:
+        return list(reference.box_masks(drawn, size, scale))
+    return [focal.box_masks(drawn, scale, size, *of, target.backend).cpu() for of in ((1.0, 0.0), (0.0, 1.0))]
+
+
+def test_boxes_beyond_the_image_are_clipped(target: Target) -> None:
+    far = torch.inf
+    boxes = torch.tensor([
+        [[-3.0, -2.5, 2.0, 1.0], [20.0, 20.0, 30.0, 30.0], [-9.0, -9.0, -5.0, -5.0], [3.0, 9.0, 4.0, 8.0]],
+        [[-1e30, -5e9, 4e9, 1e30], [-far, -far, far, far], [6.0, 5.0, 8.0, 8.0], [1.0, 1.0, 0.5, 3.0]],
+    ])  # fmt: skip
+    front, back = masks(target, boxes, (5, 6))
     expected = torch.zeros(5, 6)
     expected[:2, :3] = 1 / (6 * 5)
     torch.testing.assert_close(front[0], expected)
     torch.testing.assert_close(back[0], (expected == 0) / 24)
+    assert (front[1] == 0).all()  # of boxes without end the part of a pixel is none
+    torch.testing.assert_close(back[1], torch.full((5, 6), 1 / 30))
 
 
-def test_an_image_full_of_boxes_has_no_background() -> None:
-    boxes = [torch.tensor([[0.0, 0.0, 6.0, 5.0]]), torch.zeros(0, 4)]
-    front, back = box_masks(*padded_boxes(boxes, 2, boxes[0].device), (5, 6), None)
+def test_an_image_full_of_boxes_has_no_background(target: Target) -> None:
+    front, back = masks(target, [torch.tensor([[0.0, 0.0, 6.0, 5.0]]), torch.zeros(0, 4)], (5, 6))
     assert (back[0] == 0).all()
     assert (front[1] == 0).all()
     torch.testing.assert_close(back[1], torch.full((5, 6), 1 / 30))
+
+
+@pytest.mark.backends("cpu", "triton")
+def test_masks_of_random_boxes(fused: Target, generator: torch.Generator) -> None:
+    """Against plain PyTorch, with each image's own scale."""
+    corners = torch.rand(3, 11, 2, 2, generator=generator) * torch.tensor([50.0, 40.0]) - 5
+    boxes = torch.cat([corners.amin(2), corners.amax(2)], 2)
+    boxes[1, ::2] = boxes[1, ::2].flip(1)  # no boxes
+    boxes[2, 3:, 2] = boxes[2, 3:, 0]  # without width
+    scale = torch.tensor([[0.25, 0.2, 0.25, 0.2], [0.3, 0.1, 0.3, 0.1], [1.0, 1.0, 1.0, 1.0]]).unsqueeze(1)
+    for of in (scale, scale[:1], None):
+        for got, expected in zip(
+            masks(fused, boxes, (8, 11), of), reference.box_masks(boxes, (8, 11), of), strict=True
+        ):
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.backends("cpu", "triton")
+@pytest.mark.parametrize("want_student", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_fgd_as_operators(fused: Target, dtype: torch.dtype, want_student: bool, generator: torch.Generator) -> None:
+    ops, b = torch.ops.kdkernels, fused.backend
+    s, t = (x.to(fused.device, dtype) for x in pair(generator, 3, 5, 7, 9, dtype=torch.float32))
+    drawn, weights = padded_boxes(BOXES, 3, torch.device("cpu")).to(fused.device), torch.tensor([0.7, 0.4])
+    for scale in (None, torch.rand(3, 1, 4, generator=generator).to(fused.device)):
+        torch.library.opcheck(ops.box_masks.default, (drawn, scale, weights, 7, 9, b))
+    mask = ops.box_masks(drawn, None, weights, 7, 9, b)
+    for upstream in (None, torch.tensor([2.0], device=fused.device)):
+        arguments = (s, t, mask, torch.tensor([0.5, 1.0]), torch.tensor([0.1]), upstream, want_student, b)
+        torch.library.opcheck(ops.feature_focal.default, arguments)
+
+
+@pytest.mark.backends("cpu", "triton")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_fgd_gradient(fused: Target, dtype: torch.dtype, channels_last: bool, generator: torch.Generator) -> None:
+    """Every term counts, and a gradient in half precision is rounded once."""
+    weights = {"foreground_weight": 0.7, "background_weight": 0.4, "attention_weight": 0.02}
+    s, t = (x.to(dtype) for x in pair(generator, 3, 5, 7, 9, dtype=torch.float32))
+    s[0, 1, :2] = 0  # |s| has no slope there
+    x, y = s.double().requires_grad_(), t.double()
+    expected = kd.fgd_loss(x, y, BOXES, temperature=0.8, backend="reference", **weights)
+    (wanted,) = torch.autograd.grad(expected * 3, x)
+    x, y = (v.to(fused.device) for v in (s, t))
+    if channels_last:
+        x, y = x.contiguous(memory_format=torch.channels_last), y  # a teacher may lie otherwise
+    x.requires_grad_()
+    boxes = [b.to(fused.device) for b in BOXES]
+    got = kd.fgd_loss(x, y, boxes, temperature=0.8, backend=fused.backend, **weights)
+    same(got.cpu().double(), expected, rtol=2e-6)
+    (ds,) = torch.autograd.grad(got * 3, x)
+    assert ds.dtype == dtype
+    ulps = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
+    # float32 and bfloat16 gradients are scaled after they were stored.
+    torch.testing.assert_close(ds.cpu().double(), wanted, rtol=(4 if dtype == torch.float32 else 2) * ulps, atol=3e-7)
 
 
 def test_boxes_in_the_images_coordinates(generator: torch.Generator) -> None:

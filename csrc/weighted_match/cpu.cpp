@@ -5,6 +5,7 @@
 #include "common/registry.h"
 #include "weighted_match/attention.h"
 #include "weighted_match/context.h"
+#include "weighted_match/focal.h"
 #include "weighted_match/margin.h"
 
 namespace KDK_NAMESPACE {
@@ -51,15 +52,17 @@ void feature_attention(Tensor s, Tensor t, Tensor scalars, Tensor total, Tensor 
 
 // ---- weighted differences ----
 
-// What a row or a lane contributes to d = s - t + offset and to its weight.
+// What a row or a lane contributes to d = s - t + offset, to its weight, and to what |s| counts in
+// the student's gradient.
 struct Side {
-  float weight = 1.f, offset = 0.f;
+  float weight = 1.f, offset = 0.f, magnitude = 0.f;
 };
 // Which of these the lanes have, and whether slopes are summed. An array that is not needed is not
 // read: each is one more stream.
 enum LaneSides : int { kAlike = 0, kWeights = 1, kOffsets = 2, kSlopes = 4, kAllSides = 7 };
+constexpr int kMagnitudes = 8;
 struct Lanes {
-  const float *weight, *offset;
+  const float *weight, *offset, *magnitude;
 };
 struct Scale {
   float beta, inverse_beta;
@@ -80,7 +83,10 @@ KDK_ONE_COPY void match_row(const float* s, const float* t, int64_t n, Side row,
       const float c = w * slope<kMeasure>(d, by.inverse_beta);
       a += w * measure<kMeasure>(d, by.beta, by.inverse_beta);
       if (kSides & kSlopes) b += c;
-      if (kGradient) ds[i] = row.weight * c;
+      float g = row.weight * c;
+      if (kSides & kMagnitudes)
+        g += (row.magnitude + lanes.magnitude[i]) * power_slope<kFirst>(s[i], 1.f, false);
+      if (kGradient) ds[i] = g;
     }
     sums[0] += static_cast<double>(a);
     if (kSides & kSlopes) sums[1] += static_cast<double>(b);
@@ -104,6 +110,7 @@ struct Match {
   Tensor s, t, row_weight, lane_weight, row_offset, lane_offset, ds, dt;
   Scale by;
   float factor;
+  Tensor row_magnitude{}, lane_magnitude{};  // both or none, with weights and squares only
 };
 
 // The weighted sum of a tile, and its shares in the sums of rows and lanes where these are wanted.
@@ -111,14 +118,16 @@ template <int kMeasure>
 double match_tile(const Match& of, const Tile& tile, Sums<float>& rows, Sums<float>& lanes) {
   const bool wants = of.ds || of.dt, everything = of.lane_offset || rows || lanes,
              weights = of.lane_weight || everything;
-  const auto run = wants ? (everything ? match_row<kMeasure, kAllSides, true>
-                            : weights  ? match_row<kMeasure, kWeights, true>
-                                       : match_row<kMeasure, kAlike, true>)
-                         : (everything ? match_row<kMeasure, kAllSides, false>
-                            : weights  ? match_row<kMeasure, kWeights, false>
-                                       : match_row<kMeasure, kAlike, false>);
+  const auto run = of.row_magnitude ? match_row<kSquared, kWeights + kMagnitudes, true>
+                   : wants          ? (everything ? match_row<kMeasure, kAllSides, true>
+                                       : weights  ? match_row<kMeasure, kWeights, true>
+                                                  : match_row<kMeasure, kAlike, true>)
+                                    : (everything ? match_row<kMeasure, kAllSides, false>
+                                       : weights  ? match_row<kMeasure, kWeights, false>
+                                                  : match_row<kMeasure, kAlike, false>);
   alignas(64) float in_s[kMaxLanes], in_t[kMaxLanes], out[kMaxLanes], weight[kMaxLanes],
       offset[kMaxLanes];
+  const float* magnitude = offset;
   LaneSums values, slopes;
   const Output ds(of.ds), dt(of.dt);
   const int64_t n = tile.lanes, lane = tile.batch * of.s.shape[2] + tile.lane;
@@ -127,7 +136,8 @@ double match_tile(const Match& of, const Tile& tile, Sums<float>& rows, Sums<flo
     weight[i] = of.lane_weight ? of.lane_weight.as<float>()[lane + i] : 1.f;
     offset[i] = of.lane_offset ? of.lane_offset.as<float>()[lane + i] : 0.f;
   }
-  const Lanes of_lanes{weight, offset};
+  if (of.lane_magnitude) magnitude = of.lane_magnitude.as<float>() + lane;
+  const Lanes of_lanes{weight, offset, magnitude};
   if (lanes) values.clear(n), slopes.clear(n);
   double total = 0;
   for (int64_t k = 0; k < tile.rows; ++k) {
@@ -135,6 +145,7 @@ double match_tile(const Match& of, const Tile& tile, Sums<float>& rows, Sums<flo
     Side own;
     if (of.row_weight) own.weight = of.row_weight.as<float>()[of_sides];
     if (of.row_offset) own.offset = of.row_offset.as<float>()[of_sides];
+    if (of.row_magnitude) own.magnitude = of.row_magnitude.as<float>()[of_sides];
     const float* x = read_row(of.s, tile.batch, r, tile.lane, n, in_s);
     const float* y = read_row(of.t, tile.batch, r, tile.lane, n, in_t);
     double of_row[] = {0.0, 0.0};
@@ -143,7 +154,7 @@ double match_tile(const Match& of, const Tile& tile, Sums<float>& rows, Sums<flo
     for (int64_t l = 0; l < n; l += step) {
       const int64_t some = least(step, n - l), at = tile.lane + l;
       float* made = ds ? ds.target(tile.batch, r, at, some, out) : out;
-      run(x + l, y + l, some, scaled, {weight + l, offset + l}, of.by, of_row, made);
+      run(x + l, y + l, some, scaled, {weight + l, offset + l, magnitude + l}, of.by, of_row, made);
       if (ds) ds.put(tile.batch, r, at, some, made);
       if (dt) {
         for (int64_t i = 0; i < some; ++i) out[i] = -made[i];
@@ -221,6 +232,64 @@ void feature_match(Tensor s, Tensor t, Tensor row_weight, Tensor lane_weight, Te
     sum = match_sum(of, Grid(s), rows, lanes, measure, threads);
   }
   *total.as<float>() = static_cast<float>(sum * static_cast<double>(given[1]));
+}
+
+// ---- FGD ----
+
+// `mask` (batch, height, width) of boxes (batch, boxes, 4) with their corners times `scale` (batch
+// or 1, 4), if that is given.
+void box_masks(Tensor boxes, Tensor scale, Tensor weights, Tensor mask) {
+  const float* by = weights.as<float>();  // front, back
+  const int64_t count = boxes.shape[1], height = mask.shape[1], width = mask.shape[2];
+  for (int64_t b = 0; b < mask.shape[0]; ++b)
+    mask_of_boxes(boxes.as<float>() + b * 4 * count,
+                  scale ? scale.as<float>() + (scale.shape[0] == 1 ? 0 : 4 * b) : nullptr, count,
+                  height, width, by[0], by[1], mask.as<float>() + b * height * width);
+}
+
+// The focal loss and the distance of the attentions. `mask` is (batch, pixels); `total` is the loss
+// and ds its gradient, times `upstream` where that is given.
+void feature_focal(Tensor s, Tensor t, Tensor mask, Tensor scalars, Tensor apart_weight,
+                   Tensor upstream, Tensor total, Tensor ds, bool pixels_are_rows,
+                   int64_t threads) {
+  const int64_t batch = s.shape[0], rows = s.shape[1], lanes = s.shape[2], kept = rows + lanes;
+  const double temperature = static_cast<double>(scalars.as<float>()[0]),
+               share = static_cast<double>(scalars.as<float>()[1]),
+               weight = share * static_cast<double>(*apart_weight.as<float>());
+  const double by = upstream ? static_cast<double>(*upstream.as<float>()) : 1.0;
+  std::vector<float> sums(static_cast<size_t>(2 * batch * kept));
+  const auto part = [&](int64_t from, int64_t n) {
+    Tensor x;
+    x.data = sums.data() + from * batch, x.dtype = DType::f32, x.ndim = 2;
+    x.shape[0] = batch, x.shape[1] = x.stride[0] = n, x.stride[1] = 1;
+    return x;
+  };
+  const Tensor rows_s = part(0, rows), lanes_s = part(rows, lanes), rows_t = part(kept, rows),
+               lanes_t = part(kept + rows, lanes);
+  const float first = 1.f;
+  Tensor exponent;
+  exponent.data = const_cast<float*>(&first), exponent.dtype = DType::f32;
+  feature_power_sums(t, {}, {}, exponent, rows_t, lanes_t, 1, false, threads);
+  feature_power_sums(s, {}, {}, exponent, rows_s, lanes_s, 1, false, threads);
+  double apart = 0.0;
+  for (int64_t b = 0; b < batch; ++b) {
+    const auto compare = [&](const Tensor& x, const Tensor& y, int64_t n, int64_t over) {
+      float *of_s = x.as<float>() + b * n, *of_t = y.as<float>() + b * n;
+      to_attention(of_s, n, over, temperature), to_attention(of_t, n, over, temperature);
+      apart +=
+          attentions_apart(of_s, of_t, n, weight * by / (static_cast<double>(over) * temperature));
+    };
+    compare(rows_s, rows_t, rows, lanes), compare(lanes_s, lanes_t, lanes, rows);
+    const int64_t pixels = pixels_are_rows ? rows : lanes;
+    float* of_pixels = (pixels_are_rows ? rows_t : lanes_t).as<float>() + b * pixels;
+    const float* own = mask.as<float>() + b * pixels;
+    for (int64_t i = 0; i < pixels; ++i) of_pixels[i] *= own[i];
+  }
+  Match of{s, t, rows_t, lanes_t, {}, {}, ds, {}, {1.f, 1.f}, static_cast<float>(share * by)};
+  if (ds) of.row_magnitude = rows_s, of.lane_magnitude = lanes_s;
+  prefer_large_pages(ds);
+  const double focal = match_sum(of, Grid(s), {}, {}, kSquared, threads);
+  *total.as<float>() = static_cast<float>(share * focal + weight * apart);
 }
 
 // ---- differences at several sizes ----
@@ -390,6 +459,8 @@ KDK_EXPORT(feature_power_sums)
 KDK_EXPORT(feature_power_gradient)
 KDK_EXPORT(feature_attention)
 KDK_EXPORT(feature_match)
+KDK_EXPORT(box_masks)
+KDK_EXPORT(feature_focal)
 KDK_EXPORT(feature_context)
 KDK_EXPORT(feature_moments)
 KDK_EXPORT(feature_moments_gradient)

@@ -1,4 +1,4 @@
-"""Boxes of detectors: as tensors, as masks on a feature map, and how two of them overlap."""
+"""Boxes of detectors: as tensors, on a feature map's scale, and how two of them overlap."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ import torch
 
 from kdkernels import checks
 
-BOXES_AT_ONCE = 8  # of an image, while they are drawn: a map of its size for each
 Boxes = torch.Tensor | Sequence[torch.Tensor]
 
 
-def padded_boxes(
-    boxes: Boxes, batch: int, device: torch.device, dtype: torch.dtype = torch.float32
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Boxes of every image as (N, M, 4), and which of them are there, (N, M)."""
+def padded_boxes(boxes: Boxes, batch: int, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Boxes of every image as (N, M, 4); what is no box has a side below 0, or is NaN."""
     if isinstance(boxes, torch.Tensor):
         if boxes.dim() != 3 or boxes.shape[0] != batch or boxes.shape[2] != 4:
             raise ValueError(f"boxes must be (N, M, 4) with N = {batch}, or a list of (m, 4); got {tuple(boxes.shape)}")
@@ -36,7 +33,7 @@ def padded_boxes(
         padded = torch.full((batch, max([0, *counts]), 4), torch.nan, dtype=dtype, device=device)
         for i, one in enumerate(boxes):
             padded[i, : counts[i]] = one.reshape(-1, 4)
-    return padded, (padded[..., 2:] >= padded[..., :2]).all(-1)
+    return padded
 
 
 def _check(name: str, boxes: torch.Tensor, device: torch.device, padded: bool) -> None:
@@ -46,37 +43,6 @@ def _check(name: str, boxes: torch.Tensor, device: torch.device, padded: bool) -
     if boxes.device != device:
         raise ValueError(f"{name} must be on {device} with the features, got {boxes.device}")
     checks.boxes(name, boxes, padded=padded)
-
-
-def box_masks(
-    boxes: torch.Tensor, known: torch.Tensor, size: tuple[int, int], scale: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """FGD's masks of the foreground and the background, (N, H, W) each.
-
-    A box covers the pixels from its floored to its ceiled corners, both included, and counts 1 / (its height x width in
-    those) there; where boxes overlap the smallest counts. The background is 1 over its number of pixels. All of it stays
-    on the device, whatever the number of boxes.
-
-    Args:
-        boxes: (N, M, 4), x1, y1, x2, y2.
-        known: (N, M), which are there.
-        size: (H, W) of the map.
-        scale: what corners are multiplied by, (N or 1, 1, 4), or None.
-    """
-    height, width = size
-    corners = boxes if scale is None else boxes * scale.to(boxes.dtype)
-    low, high = corners[..., :2].floor(), corners[..., 2:].ceil()
-    sides = (high - low + 1).clamp_min(1)
-    weight = (1.0 / (sides[..., 0] * sides[..., 1])).where(known, 0.0)
-    x, y = torch.arange(width, device=boxes.device), torch.arange(height, device=boxes.device)
-    across = (x >= low[..., :1]) & (x <= high[..., :1])  # (N, M, W)
-    down = ((y >= low[..., 1:]) & (y <= high[..., 1:])) * weight.unsqueeze(2)  # (N, M, H)
-    front = boxes.new_zeros(boxes.shape[0], height, width)
-    for at in range(0, boxes.shape[1], BOXES_AT_ONCE):
-        some = slice(at, at + BOXES_AT_ONCE)
-        front = torch.maximum(front, (down[:, some, :, None] * across[:, some, None, :]).amax(1))
-    back = (front <= 0).to(front)
-    return front, back / back.sum((1, 2), keepdim=True).clamp_min(1.0)
 
 
 def map_scale(

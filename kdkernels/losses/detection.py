@@ -10,13 +10,13 @@ from torch import nn
 
 from kdkernels import backends, checks
 from kdkernels.features.capture import unwrapped
-from kdkernels.losses.boxes import Boxes, box_masks, giou, map_scale, padded_boxes
+from kdkernels.losses.boxes import Boxes, giou, map_scale, padded_boxes
 from kdkernels.losses.features import SUPPORTED, adapted, as_wide, checked, hint_loss
 from kdkernels.losses.logits import kl_div
 from kdkernels.losses.module import LossModule
 from kdkernels.ops.library import learns
 from kdkernels.ops.scalars import Number, factor
-from kdkernels.ops.weighted_match import op, sums
+from kdkernels.ops.weighted_match import focal, op, reference, sums
 from kdkernels.typed import typed
 
 
@@ -62,9 +62,9 @@ class GlobalContext(nn.Module):
         return add(context[:, :, None, None].to(weight.dtype)).flatten(1)
 
 
-def _attention(x: torch.Tensor, temperature: float, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """FGD's attention over pixels, (N, P), and over channels, (N, C): softmaxes times their lengths."""
-    of_channels, of_pixels = sums.power_sums(x, 1.0, channels=True, pixels=True, backend=backend)
+def _attention(x: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """FGD's attention over pixels, (N, P), and over channels, (N, C): softmaxes times their lengths. In plain torch."""
+    of_channels, of_pixels = sums.power_sums(x, 1.0, channels=True, pixels=True, backend="reference")
     assert of_channels is not None
     assert of_pixels is not None
     channels, pixels = of_channels.shape[1], of_pixels.shape[1]
@@ -113,8 +113,8 @@ def fgd_loss(
         foreground_weight, background_weight, attention_weight, global_weight: w_f, w_b, w_a and w_g.
         backend: "auto", "triton", "cpu" or "reference".
 
-    For its gradient a student's map in half precision is copied to float32, so that the terms' gradients add up before they
-    are rounded.
+    The weights are constants. With a global_context a student's map in half precision is copied to float32 for its gradient,
+    so that the terms' gradients add up before they are rounded.
 
     Returns:
         A float32 scalar (float64 for float64 inputs), 0 for an empty batch. Where boxes cover the whole map the
@@ -144,20 +144,25 @@ def fgd_loss(
     if s.dim() != 4:
         raise ValueError(f"student_features must be (N, C, H, W), got shape {tuple(s.shape)}")
     backend = backends.resolve("fgd_loss", (s, t), backend, SUPPORTED)
-    if backend == "reference" or learns(s):
+    if backend == "reference" or (global_context is not None and learns(s)):
         (s,) = as_wide(s)  # several terms' gradients meet in it, and are rounded once
     batch, size = s.shape[0], (s.shape[2], s.shape[3])
-    drawn, known = padded_boxes(boxes, batch, s.device, torch.promote_types(s.dtype, torch.float32))
+    drawn = padded_boxes(boxes, batch, s.device, torch.promote_types(s.dtype, torch.float32))
     scale = map_scale(image_size, size, batch, s.device)
     share = 1.0 / max(batch, 1)
-
-    pixels_s, channels_s = _attention(s, temperature, backend)
-    pixels_t, channels_t = _attention(t, temperature, backend)
-    front, back = box_masks(drawn, known, size, scale)
-    pixels = pixels_t * (foreground_weight * front + background_weight * back).flatten(1)
-    loss = op.match(s, t, channel_weight=channels_t, pixel_weight=pixels, factor=share, backend=backend)
-    apart = (pixels_s - pixels_t).abs().sum(1) + (channels_s - channels_t).abs().sum(1)
-    loss = loss + factor(attention_weight) * share * apart.sum()
+    if backend != "reference":
+        mask = focal.box_masks(drawn, scale, size, foreground_weight, background_weight, backend)
+        loss = focal.focal(
+            s, t, mask, temperature=temperature, attention_weight=attention_weight, factor=share, backend=backend
+        )
+    else:
+        pixels_s, channels_s = _attention(s, temperature)
+        pixels_t, channels_t = _attention(t, temperature)
+        front, back = reference.box_masks(drawn, size, scale)
+        pixels = pixels_t * (foreground_weight * front + background_weight * back).flatten(1)
+        loss = op.match(s, t, channel_weight=channels_t, pixel_weight=pixels, factor=share, backend=backend)
+        apart = (pixels_s - pixels_t).abs().sum(1) + (channels_s - channels_t).abs().sum(1)
+        loss = loss + factor(attention_weight) * share * apart.sum()
     if global_context is not None:
         added = global_context("student", s, backend) - global_context("teacher", t, backend)
         weight, outer = (

@@ -22,6 +22,7 @@ from kdkernels.ops.weighted_match.triton_kernels import (
 )
 
 margin_rows = triton_margin.margin_rows
+NO_POWER = torch.zeros(2)  # magnitudes themselves are summed
 
 TILE_ROWS, MOST_LANES, ELEMENTS = 64, 512, 2048  # of a tile, and of what a program holds at a time
 
@@ -90,19 +91,50 @@ def feature_attention(
 
 
 def feature_match(
-    s, t, row_weight, lane_weight, row_offset, lane_offset, scalars, upstream, total, rows, lanes, ds, dt, measure
-):
+    s, t, row_weight, lane_weight, row_offset, lane_offset, scalars, upstream, total, rows, lanes, ds, dt, measure,
+    row_magnitude=None, lane_magnitude=None,
+):  # fmt: skip
     launch = _Launch(s)
     beta, factor = scalars.tolist()
     of_rows, of_lanes = launch.shares(rows, 2, False), launch.shares(lanes, 2, True)
     each = torch.empty(launch.grid, dtype=torch.float64, device=s.device)
     match_kernel[launch.grid](
-        s, t, row_weight, lane_weight, row_offset, lane_offset, upstream, each, of_rows, of_lanes, ds, dt, *s.shape,
-        *s.stride()[:2], *t.stride()[:2], TILE_ROWS, beta, factor, measure, **launch.options,
+        s, t, row_weight, lane_weight, row_offset, lane_offset, row_magnitude, lane_magnitude, upstream, each, of_rows,
+        of_lanes, ds, dt, *s.shape, *s.stride()[:2], *t.stride()[:2], TILE_ROWS, beta, factor, measure, **launch.options,
     )  # fmt: skip
     total.copy_(ordered_sum(each) * factor)
     _join(rows, of_rows)
     _join(lanes, of_lanes)
+
+
+def _attentions(x: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """FGD's over the rows and over the lanes, from one read."""
+    batch, height, width = x.shape
+    rows, lanes = (torch.empty(batch, n, dtype=torch.float32, device=x.device) for n in (height, width))
+    feature_power_sums(x, None, None, NO_POWER, rows, lanes, 1, False)
+    return (height * (rows / (width * temperature)).softmax(1), width * (lanes / (height * temperature)).softmax(1))
+
+
+def feature_focal(s, t, mask, scalars, apart_weight, upstream, total, ds, pixels_are_rows):
+    temperature, factor = scalars.tolist()
+    weight = factor * apart_weight.reshape(())
+    of_s, of_t = _attentions(s, temperature), _attentions(t, temperature)
+    apart = weight * sum(ordered_sum((a - b).abs()) for a, b in zip(of_s, of_t, strict=True))
+    magnitudes: list[torch.Tensor | None] = [None, None]
+    if ds is not None:
+        by = weight if upstream is None else weight * upstream.reshape(())
+        for i, (a, b) in enumerate(zip(of_s, of_t, strict=True)):
+            signs = (a - b).sign()
+            slope = a * (signs - (signs * a).mean(1, keepdim=True))
+            magnitudes[i] = slope * (by / (s.shape[2 - i] * temperature))
+    rows, lanes = of_t
+    mask = mask.reshape((rows if pixels_are_rows else lanes).shape)
+    rows, lanes = (rows * mask, lanes) if pixels_are_rows else (rows, lanes * mask)
+    feature_match(
+        s, t, rows, lanes, None, None, torch.tensor([1.0, factor]), upstream, total, None, None, ds, None,
+        MEASURES.index("squared"), *magnitudes,
+    )  # fmt: skip
+    total += apart
 
 
 def feature_moments(s, t, rows, lanes):
@@ -139,7 +171,18 @@ def aot_signatures() -> list[dict]:
     for x in ("fp32", "bf16"):
         pointers = dict.fromkeys(("x", "y", "s", "t", "dx", "ds"), f"*{x}")
         small = {"rows": "*fp32", "lanes": "*fp32"}
-        none = dict.fromkeys(("row_weight", "lane_weight", "row_offset", "lane_offset", "upstream", "dt"))
+        none = dict.fromkeys(
+            (
+                "row_weight",
+                "lane_weight",
+                "row_offset",
+                "lane_offset",
+                "row_magnitude",
+                "lane_magnitude",
+                "upstream",
+                "dt",
+            )
+        )
         double = {"rows": "*fp64", "lanes": None, "upstream": "*fp64"}
         small["each"] = "*fp64"
         for name, kernel, own, constexprs in (
@@ -148,6 +191,8 @@ def aot_signatures() -> list[dict]:
             ("match", match_kernel, {**small, **none, "lanes": None}, {"MEASURE": MEASURES.index("squared")}),
             ("weighted match", match_kernel, {**small, **none, "row_weight": "*fp32", "lane_weight": "*fp32",
              "lanes": None}, {"MEASURE": MEASURES.index("squared")}),
+            ("focal match", match_kernel, {**small, **none, **dict.fromkeys(FOCAL, "*fp32"), "rows": None, "lanes": None},
+             {"MEASURE": MEASURES.index("squared")}),
             ("moments", moments_kernel, double, {}),
             ("their gradient", moments_gradient_kernel, double, {"OF_LANES": False}),
         ):  # fmt: skip
@@ -174,5 +219,6 @@ def aot_signatures() -> list[dict]:
     return rows + triton_margin.aot_rows()
 
 
+FOCAL = ("row_weight", "lane_weight", "row_magnitude", "lane_magnitude")
 DIVISIBLE = ("height", "width", "by_batch", "by_row", "s_batch", "s_row", "t_batch", "t_row", "x_batch", "x_row",
              "y_batch", "y_row")  # fmt: skip

@@ -140,8 +140,9 @@ def power_gradient_kernel(
 
 @triton.jit
 def match_kernel(
-    s, t, row_weight, lane_weight, row_offset, lane_offset, upstream, each, rows, lanes, ds, dt, batch, height, width,
-    s_batch, s_row, t_batch, t_row, tile_rows, beta, factor, MEASURE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    s, t, row_weight, lane_weight, row_offset, lane_offset, row_magnitude, lane_magnitude, upstream, each, rows, lanes, ds, dt,
+    batch, height, width, s_batch, s_row, t_batch, t_row, tile_rows, beta, factor, MEASURE: tl.constexpr, ROWS: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
     lane_piece, row_piece, b, row, end, lane = _tile(height, width, tile_rows, LANES)
     known = lane < width
@@ -160,7 +161,8 @@ def match_kernel(
     for r0 in range(row, end, ROWS):
         r = r0 + tl.arange(0, ROWS)
         inside = (r < end)[:, None] & known[None, :]
-        d = _load(s, b, r, lane, inside, s_batch, s_row) - _load(t, b, r, lane, inside, t_batch, t_row)
+        x = _load(s, b, r, lane, inside, s_batch, s_row)
+        d = x - _load(t, b, r, lane, inside, t_batch, t_row)
         d += offset[None, :]
         by_row = tl.full([ROWS], 1.0, tl.float32)
         if row_offset is not None:
@@ -188,6 +190,9 @@ def match_kernel(
             values += tl.sum(value * by_row[:, None], 0)
             slopes += tl.sum(slope * by_row[:, None], 0)
         g = (by_row * scale)[:, None] * (slope * weight[None, :])
+        if row_magnitude is not None:  # what |s| itself counts
+            own = tl.load(row_magnitude + b * height + r, mask=r < end, other=0.0)[:, None]
+            g += (own + tl.load(lane_magnitude + b * width + lane, mask=known, other=0.0)[None, :]) * _sign(x)
         out = (b * height + r[:, None]) * width + lane[None, :]
         if ds is not None:
             tl.store(ds + out, cast(g, ds.dtype.element_ty), mask=inside)
