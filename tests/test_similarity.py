@@ -303,6 +303,25 @@ def test_matrices_of_many_tiles(fused: Target, generator: torch.Generator) -> No
             assert float((g - e).norm() / e.norm()) < 2e-6
 
 
+@pytest.mark.backends("cpu")
+@pytest.mark.parametrize("width", [32, 31])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_that_go_past_the_caches(
+    fused: Target, dtype: torch.dtype, width: int, generator: torch.Generator
+) -> None:
+    """6 MiB or more: stored in whole lines where rows begin at one, and not all of the last panel's are."""
+    n = 13 if dtype == torch.float32 else 26
+    s1, s2, t1, t2 = (x.to(dtype) for _ in range(2) for x in maps(n, 130, 31, width, generator))
+    for function, inputs in ((gram_loss, (s1, t1)), (fsp_loss, (s1, s2, t1, t2))):
+        assert s1.numel() * s1.element_size() >= 6 << 20
+        got = gradients(function, *(x.requires_grad_(x is s1 or x is s2) for x in inputs), backend="cpu")
+        wide = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
+        expected = gradients(function, *wide, backend="reference")
+        for a, b in zip(got, expected, strict=True):
+            rounding = torch.finfo(a.dtype).eps
+            torch.testing.assert_close(a.double(), b, rtol=rounding, atol=2e-5 * float(b.abs().max()))
+
+
 def test_a_long_reduction(generator: torch.Generator) -> None:
     s, t = embeddings(6, 40_001, 70_003, generator)
     exact = gradients(similarity_preserving_loss, s.to(F64), t.to(F64))

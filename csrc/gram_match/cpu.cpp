@@ -214,14 +214,19 @@ RowFunctions rows_of(const Epilogue& e) {
 
 class Worker {
  public:
-  Worker(const Problem& p, int64_t threads) : p_(p), threads_(threads) {}
+  Worker(const Problem& p, int64_t threads)
+      : p_(p),
+        threads_(threads),
+        large_(exceeds_caches(p.student) && (!p.student_other || exceeds_caches(p.student_other))) {
+  }
 
   double sample(int64_t b) {
     const bool pair = static_cast<bool>(p_.teacher);
     Gram s = reserve(student_, p_.student, p_.student_factor);
     Gram t = pair ? reserve(teacher_, p_.teacher, p_.teacher_factor) : s;
-    gram(s, matrix_of(p_.student, b), matrix_of(p_.student_other, b));
+    // The student comes last, for its gradient to find it in cache again.
     if (pair) gram(t, matrix_of(p_.teacher, b), matrix_of(p_.teacher_other, b));
+    gram(s, matrix_of(p_.student, b), matrix_of(p_.student_other, b));
     const RowPair m = {p_, s, t};
     const RowFunctions rows = rows_of(p_.epilogue);
     double* values = reinterpret_cast<double*>(values_.floats(2 * p_.rows));
@@ -410,13 +415,14 @@ class Worker {
       float* packed = memory.floats((up_to(y.rows, 16) + rows + kPacked) * kPanel);
       float* out = packed + up_to(y.rows, 16) * kPanel;
       for (int64_t f = begin; f < end; ++f)
-        apply_panel(slopes, row, y, dx, f * kPanel, g, packed, out, out + rows * kPanel);
+        apply_panel(slopes, row, y, dx, f * kPanel, g, large_, packed, out, out + rows * kPanel);
+      streams_done();
     });
   }
 
   KDK_ONE_COPY static void apply_panel(const float* slopes, int64_t row, const Matrix& y,
                                        const Matrix& dx, int64_t first, const Gram* g,
-                                       float* packed, float* out, float* buffer) {
+                                       bool past_caches, float* packed, float* out, float* buffer) {
     pack(y.transposed(), first, 0, y.rows, packed, buffer);
     float length[kPanel];
     if (g) {
@@ -442,11 +448,12 @@ class Worker {
           out[j * kPanel + c] =
               (out[j * kPanel + c] - dots[c] * packed[j * kPanel + c]) / length[c];
     }
-    unpack(out, dx.rows, dx, 0, first);
+    unpack(out, dx.rows, dx, 0, first, past_caches);
   }
 
   const Problem& p_;
   const int64_t threads_;
+  const bool large_;  // gradients go past the caches
   Scratch student_, teacher_, slopes_, turned_, packed_, values_;
 };
 

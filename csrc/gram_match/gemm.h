@@ -6,6 +6,7 @@
 #include "common/elementary.h"
 #include "common/lanes.h"
 #include "common/parallel.h"
+#include "common/stream.h"
 
 namespace KDK_NAMESPACE {
 
@@ -151,10 +152,18 @@ KDK_ONE_COPY void pack(const Matrix& x, int64_t first, int64_t begin, int64_t co
   }
 }
 
-// x[first + r][c] = panel[r * kPanel + c] for the panel's columns from `column`.
+// x[first + r][c] = panel[r * kPanel + c] for the panel's columns from `column`; past the caches
+// where these are whole lines of a large result.
 KDK_ONE_COPY inline void unpack(const float* panel, int64_t rows, const Matrix& x, int64_t first,
-                                int64_t column) {
+                                int64_t column, bool past_caches) {
   const int64_t columns = least(kPanel, x.columns - column);
+  const bool lines = columns == kPanel && x.row * size_of(x.dtype) % 64 == 0 &&
+                     reinterpret_cast<uintptr_t>(x.at(first, column)) % 64 == 0;
+  if (past_caches && lines && x.column == 1) {
+    for (int64_t r = 0; r < rows; ++r)
+      stream_tile<kPanel>(x.at(first + r, column), x.dtype, kPanel, panel + r * kPanel);
+    return;
+  }
   if (x.column == 1) {
     for (int64_t r = 0; r < rows; ++r)
       store_tile(x.at(first + r, column), x.dtype, columns, panel + r * kPanel);
