@@ -648,6 +648,16 @@ def test_bad_input(name: str) -> None:
         call()
 
 
+def test_errors_name_the_loss_that_was_called() -> None:
+    scores = torch.zeros(2, 3, dtype=F64)
+    with pytest.raises(kd.BackendError, match="rank_mimicking_loss cannot run on backend 'cpu'"):
+        kd.rank_mimicking_loss(scores, scores, backend="cpu")
+    with pytest.raises(kd.BackendError, match="detection_distillation_loss cannot run on backend 'cpu'"):
+        kd.detection_distillation_loss(scores.unsqueeze(0), scores.unsqueeze(0), backend="cpu")
+    with pytest.raises(ValueError, match="student_scores"):
+        kd.rank_mimicking_loss(scores, scores[:1])
+
+
 def test_modules_are_their_functions(generator: torch.Generator) -> None:
     s, t = pair(generator, 2, 3, 4, 4)
     boxes = [torch.tensor([[0.0, 0.0, 2.0, 2.0]])] * 2

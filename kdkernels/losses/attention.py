@@ -145,7 +145,8 @@ def channel_attention_transfer_loss(
 ) -> torch.Tensor:
     """Attention transfer between channels: a = A / |A| over the channels, A the mean of |x|^p over the pixels.
 
-    The mean over samples and channels of (a_s - a_t)^2.
+    The mean over samples and channels of (a_s - a_t)^2: what Zagoruyko and Komodakis (2017, arXiv:1612.03928) do over the
+    pixels, done over the channels.
 
     Args:
         student_features: as attention_transfer_loss.

@@ -12,9 +12,10 @@ from kdkernels import backends, checks
 from kdkernels.features.capture import unwrapped
 from kdkernels.losses.boxes import Boxes, giou, map_scale, padded_boxes
 from kdkernels.losses.features import SUPPORTED, adapted, as_wide, checked, hint_loss
-from kdkernels.losses.logits import kl_div
 from kdkernels.losses.module import LossModule
 from kdkernels.ops.library import learns
+from kdkernels.ops.row_divergence.kinds import Kind
+from kdkernels.ops.row_divergence.op import row_divergence
 from kdkernels.ops.scalars import Number, factor
 from kdkernels.ops.weighted_match import focal, op, reference, sums
 from kdkernels.typed import typed
@@ -192,6 +193,8 @@ def detection_distillation_loss(
 ) -> torch.Tensor:
     """Distillation of a detector's answers: class scores, boxes and features of matched detections.
 
+    After Chen et al. (2017, NeurIPS), whose three parts it has:
+
     class_weight T^2 KL(teacher, student) over the detections + box_weight (smooth-L1 of the four coordinates, or
     1 - GIoU) over them + feature_weight times the mean squared difference of each pair of maps. Detections of both models
     are matched: the same anchor, query or proposal at the same place; any number of them an image.
@@ -231,9 +234,9 @@ def detection_distillation_loss(
     levels = _levels(student_features, teacher_features, adapters)
     # Nothing was launched until here; what is left to check is kl_div's.
     if scores_s.shape[0]:
-        loss = factor(class_weight) * kl_div(
-            scores_s, scores_t, temperature=temperature, weight=None if valid is None else valid.reshape(-1),
-            backend=backend,
+        loss = factor(class_weight) * row_divergence(
+            "detection_distillation_loss", Kind.FORWARD_KL, scores_s, scores_t, temperature=temperature,
+            weight=None if valid is None else valid.reshape(-1), backend=backend, what="scores",
         )  # fmt: skip
     else:
         checks.number("temperature", temperature, low=0, open_low=True, learnable=True, like=scores_s)
@@ -374,9 +377,9 @@ def rank_mimicking_loss(
         absent = ~valid & weight.unsqueeze(1)  # an object without candidates is left out as a row, and stays finite
         student_scores = student_scores.masked_fill(absent, -torch.inf)
         teacher_scores = teacher_scores.masked_fill(absent, -torch.inf)
-    return kl_div(
-        student_scores, teacher_scores, temperature=temperature, scale_by_t2=scale_by_t2, reduction=reduction,
-        weight=weight, num_items=num_items, backend=backend,
+    return row_divergence(
+        "rank_mimicking_loss", Kind.FORWARD_KL, student_scores, teacher_scores, temperature=temperature,
+        scale_by_t2=scale_by_t2, reduction=reduction, weight=weight, num_items=num_items, backend=backend, what="scores",
     )  # fmt: skip
 
 

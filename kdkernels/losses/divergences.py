@@ -62,7 +62,7 @@ def symmetric_kl_div(
     from_log_probs: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """T^2 (ratio KL(p_t, p_s) + (1 - ratio) KL(p_s, p_t)).
+    """T^2 (ratio KL(p_t, p_s) + (1 - ratio) KL(p_s, p_t)); at ratio 0.5 half of the divergence of Jeffreys (1946).
 
     Args:
         ratio: the forward KL's weight, between 0 and 1, a number or a tensor with one element; at 0 and 1 the other
@@ -306,7 +306,8 @@ def soft_cross_entropy(
 ) -> torch.Tensor:
     """T^2 times the cross-entropy of the student with the teacher's soft targets, -sum p_t log p_s.
 
-    It is kl_div plus the teacher's entropy: the same gradient to the student. The arguments, the result and the
+    The soft term as Hinton, Vinyals and Dean (2015, arXiv:1503.02531) write it. It is kl_div plus the teacher's entropy: the
+    same gradient to the student. The arguments, the result and the
     errors are kl_div's.
 
     Against others: torchtune calls this ForwardKL.

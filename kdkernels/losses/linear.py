@@ -182,6 +182,8 @@ def linear_kl_div(
 ) -> torch.Tensor:
     """kl_div of the logits that two heads make of hidden states: T^2 KL(p_t, p_s), without the logits.
 
+    Hinton, Vinyals and Dean (2015, arXiv:1503.02531).
+
     z = softcap tanh(scale (hidden weight^T + bias) / softcap), p = softmax(z / T).
 
     Args:

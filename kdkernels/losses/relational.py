@@ -249,6 +249,8 @@ def rkd_loss(
 ) -> torch.Tensor:
     """Relational distillation: rkd_distance_loss and rkd_angle_loss, from distances made once.
 
+    Park, Kim, Lu and Cho (2019, arXiv:1904.05068).
+
     Args:
         student, teacher: embeddings, as in rkd_distance_loss.
         distance_weight, angle_weight: the terms' weights, numbers or tensors with one element.

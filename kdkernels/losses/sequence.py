@@ -51,6 +51,8 @@ def sequence_loss(
 ) -> torch.Tensor:
     """Cross-entropy of the student on sequences that the teacher generated, over their completions.
 
+    Kim and Rush (2016, arXiv:1606.07947):
+
     sum_bt w_b m_bt CE(z_b(t-1), y_bt) / sum_bt w_b m_bt.
 
     Args:
