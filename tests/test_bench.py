@@ -260,6 +260,22 @@ def test_a_wrong_result_outweighs_an_older_right_one():
     assert "wrong" in readme.verified([file("2026-01-02", True), file("2026-01-03", False)])["toy", "cpu"]
 
 
+def test_a_run_of_some_rows_does_not_replace_a_file_of_more(tmp_path: Path) -> None:
+    both = [("toy", (2, 3), "float32"), ("toy", (4, 5), "float32")]
+    rows = [{"case": c, "shape": list(shape), "dtype": dtype} for c, shape, dtype in both]
+    (tmp_path / "2026-01-02-toy.json").write_text(json.dumps({"rows": rows}))
+    assert results.would_lose(tmp_path, "2026-01-02", {"toy": set(both)}) is None
+    assert results.would_lose(tmp_path, "2026-01-03", {"toy": set(both[:1])}) is None
+    lost = results.would_lose(tmp_path, "2026-01-02", {"other": set(), "toy": {*both[:1], ("more", (1,), "float32")}})
+    assert "2026-01-02-toy.json holds 1 rows" in lost
+    date = environment.describe(torch.device("cpu"))["date"]
+    (tmp_path / f"{date}-row_divergence.json").write_text(json.dumps({"rows": rows}))
+    command = ["bench", "--device", "cpu", "--case", "kl_div", "--shape", "tiny", "--output-exactly", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-m", "kdkernels", *command], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert "holds 2 rows that this run does not time" in done.stderr
+
+
 def test_every_case_that_is_timed_has_a_floor_and_a_gradient():
     for _, case in select.cases():
         if case.bench or case.bench_gpu:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,20 @@ def write_csv(path: Path, records: list[Record]) -> None:
         for r in records:
             extra = {f"x_{over}": ratio(r, over) for over in ("eager", "compile", "floor")}
             writer.writerow({**r, **extra, "shape": "x".join(map(str, r["shape"]))})
+
+
+def would_lose(directory: Path, date: str, planned: Mapping[str, set[tuple[str, tuple[int, ...], str]]]) -> str | None:
+    """Which file holds rows that a run of these (case, shape, dtype) of each family would put nothing in the place of."""
+    for family, rows in planned.items():
+        path = directory / f"{date}-{family}.json"
+        if not path.exists():
+            continue
+        there = {(r["case"], tuple(r["shape"]), r["dtype"]) for r in json.loads(path.read_text())["rows"]}
+        if there - rows:
+            return (
+                f"{path} holds {len(there - rows)} rows that this run does not time: move it, or give another --output"
+            )
+    return None
 
 
 def write(directory: Path, content: Record, formats: Sequence[str]) -> list[Path]:

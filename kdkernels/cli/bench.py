@@ -133,6 +133,14 @@ def run(args: argparse.Namespace) -> int:
         compile=not (args.no_compile or args.quick), peers=not args.no_peers, forward_only=args.forward_only,
     )  # fmt: skip
     environment = describe(device)
+    directory = args.output_exactly or (args.output / environment["slug"] if args.output else None)
+    if directory:
+        planned: dict[str, set[tuple[str, tuple[int, ...], str]]] = {}
+        for r in rows:
+            planned.setdefault(r.spec.family, set()).add((r.case.name, tuple(r.shape), runner.dtype_name(r.dtype)))
+        lost = results.would_lose(directory, environment["date"], planned)
+        if lost:
+            raise console.UsageError(lost)
     content = {
         "schema": results.SCHEMA,
         "environment": environment,
@@ -143,7 +151,6 @@ def run(args: argparse.Namespace) -> int:
     }
     if environment["load"] is not None and environment["load"] > 0.5:
         print(f"other programs are running (load {environment['load']:.1f}): expect noise", file=sys.stderr)
-    directory = args.output_exactly or (args.output / environment["slug"] if args.output else None)
 
     def save() -> list[Path]:
         return results.write(directory, content, formats) if directory else []
