@@ -256,6 +256,11 @@ def test_nan_in_distances(target: Target, normalize: bool, generator: torch.Gene
         found = gradients(rkd_distance_loss, student, teacher, normalize=normalize, backend=target.backend)
         assert all(x.isnan().any() for x in found)
     assert all(x.isnan().any() for x in gradients(hard_dark_rank_loss, s, t, k=4, backend=target.backend))
+    # In the teacher it has no order of its own, and is nobody's neighbour while there are others.
+    x, y = t.to(target.device), s.to(target.device)
+    rows = hard_dark_rank_loss(x, y, k=3, normalize=normalize, reduction="none", backend=target.backend)
+    assert rows.isnan().tolist() == [False, False, True, False, False]
+    assert hard_dark_rank_loss(x, y, k=4, normalize=normalize, reduction="none", backend=target.backend).isnan().all()
 
 
 def test_nan_in_angles(generator: torch.Generator) -> None:

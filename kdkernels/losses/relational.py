@@ -340,15 +340,15 @@ def hard_dark_rank_loss(
     n, samples = distances.n, distances.samples
     # To a power, times a factor, in an exponent: what float32 would round there is after the point of the result.
     d2, by_teacher = distances.squared(exact=True)
-    nearest = (
-        by_teacher.masked_fill(distances.itself(), torch.inf).topk(min(k, max(n - 1, 0)), dim=1, largest=False).indices
-    )
+    by_teacher = by_teacher.masked_fill(distances.itself(), torch.inf)
+    order, nearest = by_teacher.topk(min(k, max(n - 1, 0)), dim=1, largest=False)
     chosen = d2.gather(1, nearest).double()
     apart = ~(chosen <= eps)  # so is NaN
     scores = -alpha * torch.where(apart, chosen.where(apart, 1.0) ** (beta / 2), eps ** (beta / 2))
     # The m-th denominator runs over the m-th to the k-th of the order.
     denominators = scores.flip(1).logcumsumexp(1)
     rows = (denominators.sum(1) - scores.sum(1)).to(torch.promote_types(student.dtype, torch.float32))
+    rows = rows.masked_fill(order.isnan().any(1), torch.nan)  # nobody knows in what order
     if reduction == "none":
         return rows if samples is None or ring else rows[samples.own]
     total = samples.total(rows.sum()) if samples is not None and ring else rows.sum()
