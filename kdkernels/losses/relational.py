@@ -340,7 +340,7 @@ def hard_dark_rank_loss(
     n, samples = distances.n, distances.samples
     # To a power, times a factor, in an exponent: what float32 would round there is after the point of the result.
     d2, by_teacher = distances.squared(exact=True)
-    by_teacher = by_teacher.masked_fill(distances.itself(), torch.inf)
+    by_teacher = by_teacher.masked_fill(distances.itself(), torch.nan)  # which comes after all numbers
     order, nearest = by_teacher.topk(min(k, max(n - 1, 0)), dim=1, largest=False)
     chosen = d2.gather(1, nearest).double()
     apart = ~(chosen <= eps)  # so is NaN
