@@ -163,8 +163,8 @@ PyObject* with_errors(const Body& body) {
   return nullptr;
 }
 
-// Both take their arguments as these lie on Python's stack: pybind11's own way of taking any number
-// of them costs half a microsecond.
+// The arguments as they lie on Python's stack: pybind11's own way of taking any number of them
+// costs half a microsecond.
 PyObject* call_entry(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return with_errors([&]() -> PyObject* {
     if (count < 2 || !PyDict_Check(args[0]))

@@ -72,8 +72,7 @@ def _forward(
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     # Of a small call, new_empty would take twice this.
     total = torch.empty_strided((), (), dtype=torch.float32, device=student.device)
-    ds = torch.empty_like(student) if want_student else None
-    dt = torch.empty_like(teacher) if want_teacher else None
+    ds, dt = _outputs(student, teacher, want_student, want_teacher)
     losses = stats = used = None
     about_rows = []
     if want_rows or backend != "cpu":  # the CPU kernel finds room for itself, sooner than torch does
@@ -97,7 +96,7 @@ def _forward(
     if splits[1]:
         _collect(ds, ds_rows)
         _collect(dt, dt_rows)
-    return total, about_rows, [x for x in (ds, dt) if x is not None]
+    return total, about_rows, _wanted(ds, dt)
 
 
 def _forward_fake(student, teacher, labels, weight, class_weight, scalars, divisors, kind, inputs, hard, count,
